@@ -1,0 +1,164 @@
+"""The token level as mathematics, in plain torch: the definition every backend is tested against.
+
+Runs on any device and in any floating dtype, float64 included, and serves where no faster backend is at hand.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .contract import RowStats, TokenOptions
+
+
+def transform(logits: Tensor, options: TokenOptions) -> Tensor:
+    """`z = softcap * tanh(logit_scale * x / softcap) / temperature`, in float32 or better."""
+    z = _accumulator(logits) * options.logit_scale
+    if options.softcap is not None:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    return z / options.temperature
+
+
+def transform_derivative(logits: Tensor, options: TokenOptions) -> Tensor | float:
+    """`dz/dx`, elementwise."""
+    slope = options.logit_scale / options.temperature
+    if options.softcap is None:
+        return slope
+    return slope * (1 - torch.tanh(_accumulator(logits) * options.logit_scale / options.softcap) ** 2)
+
+
+def row_stats(
+    logits: Tensor,
+    labels: Tensor,
+    options: TokenOptions = TokenOptions(),
+    first_column: int = 0,
+    running: RowStats | None = None,
+    extras: bool = False,
+) -> RowStats:
+    """Statistics of the rows of one tile of logits.
+
+    Args:
+        logits: `[B, T, v]`, columns `first_column ... first_column + v` of the vocabulary.
+        labels: `[B, T]` integers, in the whole vocabulary's numbering.
+        running: statistics of the columns before this tile, to be continued and overwritten in place.
+        extras: also accumulate what entropy and mean logit need.
+
+    Returns:
+        `RowStats` aligned with the labels.
+    """
+    z = transform(logits, options)
+    target = labels_of_rows(labels, options)
+    scored = target != options.ignore_index
+
+    top = z.amax(-1)
+    away = z - _finite(top).unsqueeze(-1)
+    weights = away.exp()
+    tile = RowStats(
+        logp=torch.empty_like(top),
+        max=top,
+        sumexp=weights.sum(-1),
+        label_logit=_label_column(z, target, first_column),
+        weighted=torch.where(weights > 0, weights * away, 0).sum(-1) if extras else None,
+        total=z.sum(-1) if extras else None,
+    )
+    if running is not None:
+        tile = _merge(RowStats(*(_to_rows(x, options) for x in running)), tile)
+    tile = tile._replace(logp=(tile.label_logit - tile.max) - tile.sumexp.log())
+
+    empty = RowStats(0.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # type: ignore[arg-type]
+    result = RowStats(
+        *(
+            None if x is None else _to_labels(torch.where(scored, x, fill), fill, options)
+            for x, fill in zip(tile, empty)
+        )  # type: ignore[arg-type]
+    )
+    if running is None:
+        return result
+    for old, new in zip(running, result):
+        if old is not None:
+            old.copy_(new)
+    return running
+
+
+def row_grad(
+    logits: Tensor,
+    labels: Tensor,
+    stats: RowStats,
+    grad_logps: Tensor,
+    options: TokenOptions = TokenOptions(),
+    first_column: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient of the log-probabilities: `U = (onehot(label) - softmax(z)) * dz/dx * grad_logps`.
+
+    Args:
+        logits: `[B, T, v]`, columns `first_column ... first_column + v` of the vocabulary.
+        stats: finished statistics of the whole rows (`logp`, `max` and `sumexp` are read).
+        grad_logps: `[B, T]`, the factor of each label position.
+        out: where to write, `logits` itself included; None for a new tensor of the logits' dtype.
+
+    Returns:
+        `out`; rows that no scored label reads are 0.
+    """
+    target = labels_of_rows(labels, options)
+    logp, top, sumexp, factor = (_to_rows(x, options) for x in (stats.logp, stats.max, stats.sumexp, grad_logps))
+    z = transform(logits, options)
+    probs = (z - _finite(top).unsqueeze(-1)).exp() / sumexp.unsqueeze(-1)
+    columns = torch.arange(first_column, first_column + logits.shape[-1], device=logits.device)
+    is_label = columns == target.unsqueeze(-1)
+    # 1 - p of the label from its log-probability: exact also where p rounds to 1.
+    unit = torch.where(is_label, -torch.expm1(logp).unsqueeze(-1), -probs)
+    grad = unit * transform_derivative(logits, options) * factor.unsqueeze(-1)
+    grad = torch.where((target != options.ignore_index).unsqueeze(-1), grad, 0).to(logits.dtype)
+    return grad if out is None else out.copy_(grad)
+
+
+def labels_of_rows(labels: Tensor, options: TokenOptions) -> Tensor:
+    """The label that each row of logits predicts: labels moved one to the left if `options.shift`."""
+    return _to_rows(labels, options, options.ignore_index)
+
+
+def _accumulator(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _finite(top: Tensor) -> Tensor:
+    """A row of nothing but -inf has no finite maximum to subtract: 0 leaves its exponentials at 0."""
+    return torch.where(top == -torch.inf, 0, top)
+
+
+def _label_column(z: Tensor, target: Tensor, first_column: int) -> Tensor:
+    column = target - first_column
+    inside = (column >= 0) & (column < z.shape[-1])
+    picked = z.gather(-1, column.clamp(0, z.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    return torch.where(inside, picked, -torch.inf)
+
+
+def _merge(a: RowStats, b: RowStats) -> RowStats:
+    top = torch.maximum(a.max, b.max)
+    sumexp, weighted = 0.0, 0.0
+    for part in (a, b):
+        away = torch.where(part.sumexp > 0, part.max - _finite(top), 0)
+        sumexp = sumexp + part.sumexp * away.exp()
+        if part.weighted is not None:
+            weighted = weighted + (part.weighted + part.sumexp * away) * away.exp()
+    extras = a.weighted is not None
+    return RowStats(
+        logp=a.logp,
+        max=top,
+        sumexp=sumexp,  # type: ignore[arg-type]
+        label_logit=torch.maximum(a.label_logit, b.label_logit),
+        weighted=weighted if extras else None,  # type: ignore[arg-type]
+        total=a.total + b.total if extras else None,  # type: ignore[operator]
+    )
+
+
+def _to_rows(x: Tensor | None, options: TokenOptions, fill: float = 0.0) -> Tensor | None:
+    """From label positions to the rows of logits that predict them."""
+    if x is None or not options.shift:
+        return x
+    return F.pad(x[:, 1:], (0, 1), value=fill)
+
+
+def _to_labels(x: Tensor, fill: float, options: TokenOptions) -> Tensor:
+    """From rows of logits to the label positions that they predict."""
+    return F.pad(x[:, :-1], (1, 0), value=fill) if options.shift else x

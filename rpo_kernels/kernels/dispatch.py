@@ -1,0 +1,97 @@
+"""Which implementation of the token level serves a tensor: chosen by device, or by name."""
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import definition
+
+BACKENDS = ("triton", "native", "torch")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose(logits: Tensor, backend: str | None) -> str:
+    """Name of the backend for these logits: the one asked for, or the fastest that is live.
+
+    Raises:
+        ValueError: if `backend` is unknown, is not live here, or does not take these logits.
+    """
+    if backend is None:
+        fastest = "native" if logits.device.type == "cpu" else "triton"
+        return fastest if why_not(fastest, logits.device.type, logits.dtype) is None else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+    reason = why_not(backend, logits.device.type, logits.dtype)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot serve {logits.dtype} logits on {logits.device}: {reason}")
+    return backend
+
+
+def rows(logits: Tensor, backend: str | None) -> ModuleType:
+    """The module whose `row_stats` and `row_grad` serve these logits; errors as `choose`."""
+    name = choose(logits, backend)
+    if name == "torch":
+        return definition
+    return importlib.import_module(".triton_rows" if name == "triton" else ".native", __package__)
+
+
+def fuses_objective(logps: Tensor, backend: str | None) -> bool:
+    """Whether one kernel takes these log-probabilities to the RPO loss: pays where each small launch counts."""
+    return logps.dtype == torch.float32 and (backend == "triton" or (backend is None and HAS_TRITON and logps.is_cuda))
+
+
+@functools.cache
+def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot serve tensors of this device and dtype, or None if it can."""
+    if backend == "torch":
+        return None
+    if dtype not in _HALF_AND_SINGLE:
+        return "only float32, bfloat16 and float16 logits have kernels"
+    if backend == "native":
+        if device_type != "cpu":
+            return "native kernels run on the CPU"
+        from . import native
+
+        return native.reason()
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton kernels run on CUDA and ROCm devices (elsewhere with TRITON_INTERPRET=1)"
+    return None
+
+
+def backend_info() -> dict[str, dict[str, Any]]:
+    """Which backends are live on this machine.
+
+    Returns:
+        For each backend: `live` (bool), `device` (what it runs on), `reason` (why it is not live, else None) and
+        `version` of what is behind it.
+    """
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    info: dict[str, dict[str, Any]] = {}
+    for name, device in (("triton", cuda), ("native", "cpu"), ("torch", cuda)):
+        reason = why_not(name, device, torch.float32)
+        version = _versions(name) if reason is None else None
+        info[name] = {"live": reason is None, "device": _device_name(device), "reason": reason, "version": version}
+    return info
+
+
+def _device_name(device_type: str) -> str:
+    return torch.cuda.get_device_name() if device_type == "cuda" else "cpu"
+
+
+def _versions(backend: str) -> str:
+    if backend == "torch":
+        return torch.__version__
+    if backend == "triton":
+        return importlib.import_module("triton").__version__
+    from . import native
+
+    return str(native.info())

@@ -1,0 +1,157 @@
+"""Token level: log-probabilities of labels under logits, as a differentiable torch operator."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from .kernels import dispatch
+from .kernels.contract import RowStats, TokenOptions
+
+_OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_index, bool shift"
+_lib = torch.library.Library("rpo_kernels", "FRAGMENT")
+_lib.define(
+    f"token_logprobs(Tensor logits, Tensor labels, {_OPTIONS}, bool inplace_backward, str? backend)"
+    " -> (Tensor logps, Tensor max, Tensor sumexp)"
+)
+_GRAD_INPUTS = "Tensor labels, Tensor logps, Tensor max, Tensor sumexp, Tensor grad_logps"
+_lib.define(f"token_logprobs_grad(Tensor logits, {_GRAD_INPUTS}, {_OPTIONS}, str? backend) -> Tensor")
+_lib.define(f"token_logprobs_grad_(Tensor(a!) logits, {_GRAD_INPUTS}, {_OPTIONS}, str? backend) -> ()")
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    shift: bool = False,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-probability of each label under `softmax(softcap * tanh(logit_scale * logits / softcap) / temperature)`.
+
+    Args:
+        logits: `[..., V]`, float32, bfloat16, float16 or float64. Rows may be strided; a copy is made only if V is not
+            the fastest dimension.
+        labels: `[...]` integers in `[0, V)`, or `ignore_index` for positions that are not scored.
+        temperature, softcap, logit_scale: positive; softcap None means none (Gemma 2 uses 30, arXiv 2408.00118).
+        shift: labels stand beside the input ids (Hugging Face convention): logits at `t - 1` are scored against
+            `labels[..., t]`, and position 0 is not scored. Nothing is copied.
+        inplace_backward: the gradient overwrites the logits' memory. Any other reader of the logits in backward then
+            gets autograd's error about modified tensors.
+        backend: `"triton"`, `"native"`, `"torch"`, or None for the fastest one on the logits' device.
+
+    Returns:
+        Natural log-probabilities of the labels' shape, float32 (float64 for float64 logits); 0 where not scored.
+        Differentiable once in `logits`.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or options that do not fit. Labels out of range raise on the CPU; on an
+            accelerator they give -inf without a synchronisation, and raise if RPO_KERNELS_CHECK=1 is set.
+    """
+    options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
+    options.check()
+    _check(logits, labels)
+    if labels.ndim == 0:
+        raise ValueError("labels must have at least one dimension, got a scalar")
+    # [..., T, V] and [..., T] as [B, T, V] and [B, T]; views wherever strides allow.
+    rows = logits.reshape(-1, *logits.shape[-2:]) if labels.ndim > 1 else logits.unsqueeze(0)
+    targets = labels.reshape(-1, labels.shape[-1])
+    logps, _, _ = torch.ops.rpo_kernels.token_logprobs(rows, targets, *options, inplace_backward, backend)
+    return logps.reshape(labels.shape)
+
+
+def check_label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise ValueError for a label outside `[0, vocab)`; on an accelerator only if RPO_KERNELS_CHECK=1 is set."""
+    if labels.numel() == 0 or (labels.device.type != "cpu" and os.environ.get("RPO_KERNELS_CHECK") != "1"):
+        return
+    scored = torch.where(labels == ignore_index, 0, labels)
+    low, high = int(scored.min()), int(scored.max())
+    if low < 0 or high >= vocab:
+        raise ValueError(
+            f"labels must lie in [0, {vocab}) or equal ignore_index ({ignore_index}); got values from {low} to {high}"
+        )
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must have the shape of logits without its last dimension, {list(logits.shape[:-1])}; "
+            f"got {list(labels.shape)}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have a vocabulary of at least one; got shape {list(logits.shape)}")
+    if logits.device != labels.device:
+        raise ValueError(f"labels must be on the logits' device {logits.device}; got {labels.device}")
+
+
+def _forward(logits, labels, scale, softcap, temperature, ignore_index, shift, inplace_backward, backend):
+    check_label_range(labels, logits.shape[-1], ignore_index)
+    options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
+    stats = dispatch.rows(logits, backend).row_stats(logits, labels, options)
+    return stats.logp, stats.max, stats.sumexp
+
+
+def _grad(logits, labels, logps, top, sumexp, grad_logps, scale, softcap, temperature, ignore_index, shift, backend):
+    options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
+    stats = RowStats(logps, top, sumexp, logps)
+    return dispatch.rows(logits, backend).row_grad(logits, labels, stats, grad_logps, options)
+
+
+def _grad_(logits, labels, logps, top, sumexp, grad_logps, scale, softcap, temperature, ignore_index, shift, backend):
+    options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
+    stats = RowStats(logps, top, sumexp, logps)
+    dispatch.rows(logits, backend).row_grad(logits, labels, stats, grad_logps, options, out=logits)
+
+
+def _fake_forward(logits, labels, *_):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return tuple(labels.new_empty(labels.shape, dtype=dtype) for _ in range(3))
+
+
+def _fake_grad(logits, *_):
+    return logits.new_empty(logits.shape)
+
+
+def _fake_grad_(logits, *_):
+    return None
+
+
+def _setup_context(ctx, inputs, output):
+    logits, labels, *options, inplace_backward, backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(logits, labels, *output)
+    ctx.constants = (*options, backend)
+    ctx.inplace_backward = inplace_backward
+
+
+def _backward(ctx, grad_logps, *_):
+    logits, *saved = ctx.saved_tensors
+    if ctx.inplace_backward:
+        torch.ops.rpo_kernels.token_logprobs_grad_(logits, *saved, grad_logps, *ctx.constants)
+        grad = logits
+    else:
+        grad = torch.ops.rpo_kernels.token_logprobs_grad(logits, *saved, grad_logps, *ctx.constants)
+    return grad, *[None] * 8
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError("rpo_kernels operators are differentiable once; their gradient has no gradient of its own")
+
+
+for _name, _kernel, _fake in (
+    ("token_logprobs", _forward, _fake_forward),
+    ("token_logprobs_grad", _grad, _fake_grad),
+    ("token_logprobs_grad_", _grad_, _fake_grad_),
+):
+    _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rpo_kernels::{_name}", _fake, lib=_lib)
+torch.library.register_autograd("rpo_kernels::token_logprobs", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd("rpo_kernels::token_logprobs_grad", _no_second_derivative, lib=_lib)

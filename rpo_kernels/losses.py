@@ -1,0 +1,197 @@
+"""The three levels joined: per-token log-probabilities to sequence log-ratios to the group loss."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels import dispatch
+from .logprobs import token_logprobs
+from .objectives import RPO, Objective, agreement
+from .sequences import Groups, Layout, Segments, find_groups, find_segments
+
+
+class RPOOutput(NamedTuple):
+    """What `rpo_loss` and `linear_rpo_loss` return; float32, sequences in the batch's order.
+
+    `loss`, `group_losses` and `logps` are differentiable, the rest is for logging.
+    """
+
+    loss: Tensor  # scalar: mean of group_losses
+    group_losses: Tensor  # [G]
+    logps: Tensor  # [B] policy log-probability of each response (summed with token_weights if given)
+    ref_logps: Tensor | None  # [B] the same of the reference; None for a reference-free objective
+    implicit_rewards: Tensor  # [B] beta * log-ratio
+    accuracy: Tensor  # scalar: share of response pairs with unequal rewards ranked alike, a tie counts 1/2
+    margin: Tensor  # scalar: mean over groups of implicit reward of the best minus the worst response
+
+
+def rpo_loss(
+    logits: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    *,
+    ref_logps: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    objective: Objective = RPO(),
+    num_responses: int = 2,
+    layout: Layout = "grouped",
+    group_ids: Sequence[int] | Tensor | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    shift: bool = False,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> RPOOutput:
+    """Reward-aware preference loss from logits (arXiv 2502.00203).
+
+    Args:
+        logits: `[B, T, V]` for B padded responses, or `[total, V]` packed.
+        labels: `[B, T]`, or `[total]` with `cu_seqlens`; int, `ignore_index` where not scored (prompt, padding).
+        rewards: `[B]`, finite, in the batch's order.
+        ref_logps: the reference's log-probabilities: `[B]` sums over each response (weighted like the policy's if
+            `token_weights` are used), or per token in the labels' shape.
+        ref_logits: the reference's logits instead, of the logits' shape; no gradient flows to them.
+        objective: `RPO(...)`, a preset (`DPO()`, `IPO()`, ...) or a callable, see `rpo_kernels.objectives`.
+        num_responses: K, the number of responses a prompt.
+        layout: `"grouped"`: x1y1 x1y2 x2y1 x2y2; `"stacked"`: all first responses, then all second ones.
+        group_ids: B integers naming each response's prompt, for groups of different sizes; replaces the former two.
+        token_weights: weight of each token in its response's sum, of the labels' shape.
+        cu_seqlens: `[B + 1]` int32 or int64 offsets of the packed responses.
+        temperature, softcap, logit_scale, ignore_index, shift, inplace_backward, backend: as in `token_logprobs`.
+
+    Returns:
+        `RPOOutput`.
+
+    Raises:
+        ValueError: naming the argument that does not fit, what came and what was expected. Values (finite rewards,
+            rising cu_seqlens, label range) are checked on the CPU only, so that an accelerator is never waited for:
+            there a non-finite reward makes the loss NaN, and RPO_KERNELS_CHECK=1 checks labels.
+    """
+    options: dict[str, Any] = dict(
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        shift=shift,
+        backend=backend,
+    )
+    batch = PreferenceBatch.check(
+        labels, rewards, objective, num_responses, layout, group_ids, token_weights, cu_seqlens, ignore_index, shift
+    )
+    logps = token_logprobs(logits, batch.labels, inplace_backward=inplace_backward, **options)
+    if ref_logits is not None:
+        if ref_logps is not None:
+            raise ValueError("give ref_logps or ref_logits, not both")
+        with torch.no_grad():
+            ref_logps = token_logprobs(ref_logits, batch.labels, **options)
+    return batch.loss(logps, ref_logps, backend)
+
+
+class PreferenceBatch(NamedTuple):
+    """A checked batch: from its tokens' log-probabilities to the loss. Shared by the logits and the head level."""
+
+    labels: Tensor
+    rewards: Tensor
+    objective: Objective
+    segments: Segments
+    groups: Groups
+    token_weights: Tensor | None
+    ignore_index: int
+    shift: bool
+
+    @classmethod
+    def check(
+        cls,
+        labels: Tensor,
+        rewards: Tensor,
+        objective: Objective,
+        num_responses: int,
+        layout: Layout,
+        group_ids: Sequence[int] | Tensor | None,
+        token_weights: Tensor | None,
+        cu_seqlens: Tensor | None,
+        ignore_index: int,
+        shift: bool,
+    ) -> "PreferenceBatch":
+        """Build from the arguments of `rpo_loss`; ValueError names the one that does not fit."""
+        if not callable(objective):
+            raise ValueError(f"objective must be an RPO or a callable, got {objective!r}")
+        segments = find_segments(labels, cu_seqlens)
+        groups = find_groups(segments.count, num_responses, layout, group_ids, labels.device)
+        if groups.count == 0:
+            raise ValueError("labels must hold at least one sequence, got none")
+        _check_rewards(rewards, segments.count, labels.device)
+        if token_weights is not None and token_weights.shape != labels.shape:
+            raise ValueError(
+                f"token_weights must have the labels' shape {list(labels.shape)}; got {list(token_weights.shape)}"
+            )
+        if shift and cu_seqlens is not None:
+            # The last logits of one packed sequence do not predict the first token of the next.
+            labels = labels.masked_fill(segments.starts(labels), ignore_index)
+        return cls(labels, rewards.float(), objective, segments, groups, token_weights, ignore_index, shift)
+
+    def loss(self, token_logps: Tensor, ref_logps: Tensor | None, backend: str | None) -> RPOOutput:
+        """The loss from per-token log-probabilities (of the labels' shape) and the reference's."""
+        ref_logps = self._check_reference(ref_logps)
+        if isinstance(self.objective, RPO) and dispatch.fuses_objective(token_logps, backend):
+            return self._fused_loss(token_logps, ref_logps)
+        scored = self.segments.scored(self.labels, self.ignore_index, self.shift)
+        weights = scored.to(token_logps.dtype)
+        if self.token_weights is not None:
+            weights = weights * self.token_weights
+        logps = self.segments.sum(token_logps * weights)
+        log_ratios = logps
+        if ref_logps is not None:
+            if ref_logps.shape == self.labels.shape:
+                ref_logps = self.segments.sum(torch.where(scored, ref_logps, 0) * weights)
+            log_ratios = logps - ref_logps
+        if getattr(self.objective, "length_normalize", False):
+            log_ratios = log_ratios / self.segments.sum(scored.to(logps.dtype)).clamp(min=1)
+        return self._group_loss(logps, ref_logps, log_ratios)
+
+    def _group_loss(self, logps: Tensor, ref_logps: Tensor | None, log_ratios: Tensor) -> RPOOutput:
+        groups = self.groups
+        rewards = groups.gather(self.rewards.to(logps.dtype))
+        group_losses = self.objective(groups.gather(log_ratios), rewards, groups.present)
+        implicit = getattr(self.objective, "beta", 1.0) * log_ratios.detach()
+        accuracy, margin = agreement(groups.gather(implicit), rewards, groups.present)
+        return RPOOutput(group_losses.mean(), group_losses, logps, ref_logps, implicit, accuracy, margin)
+
+    def _fused_loss(self, token_logps: Tensor, ref_logps: Tensor | None) -> RPOOutput:
+        raise ValueError("to come")
+
+    def _check_reference(self, ref_logps: Tensor | None) -> Tensor | None:
+        reference_free = getattr(self.objective, "reference_free", False)
+        if reference_free and ref_logps is not None:
+            raise ValueError("the objective is reference-free: give neither ref_logps nor a reference model's output")
+        if reference_free:
+            return None
+        per_sequence, per_token = torch.Size([self.segments.count]), self.labels.shape
+        if ref_logps is None:
+            raise ValueError(
+                f"ref_logps must be given, {list(per_sequence)} sums or {list(per_token)} per token, "
+                "or the reference's logits or hidden states, unless the objective is reference-free"
+            )
+        if ref_logps.shape not in (per_sequence, per_token):
+            raise ValueError(
+                f"ref_logps must be sums {list(per_sequence)} or per token {list(per_token)}; "
+                f"got {list(ref_logps.shape)}"
+            )
+        if ref_logps.device != self.labels.device:
+            raise ValueError(f"ref_logps must be on the labels' device {self.labels.device}; got {ref_logps.device}")
+        return ref_logps.detach().float()
+
+
+def _check_rewards(rewards: Tensor, count: int, device: torch.device) -> None:
+    if rewards.shape != (count,):
+        raise ValueError(f"rewards must be one number for each of the {count} sequences; got {list(rewards.shape)}")
+    if rewards.device != device:
+        raise ValueError(f"rewards must be on the labels' device {device}; got {rewards.device}")
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not bool(rewards.isfinite().all()):
+        raise ValueError(f"rewards must be finite; got {rewards.tolist()}")
