@@ -172,15 +172,15 @@ class PreferenceBatch(NamedTuple):
             raise ValueError("the objective is reference-free: give neither ref_logps nor a reference model's output")
         if reference_free:
             return None
-        per_sequence, per_token = torch.Size([self.segments.count]), self.labels.shape
+        per_sequence, per_token = [self.segments.count], list(self.labels.shape)
         if ref_logps is None:
             raise ValueError(
-                f"ref_logps must be given, {list(per_sequence)} sums or {list(per_token)} per token, "
+                f"ref_logps must be given, {per_sequence} sums or {per_token} per token, "
                 "or the reference's logits or hidden states, unless the objective is reference-free"
             )
-        if ref_logps.shape not in (per_sequence, per_token):
+        if list(ref_logps.shape) != per_sequence and list(ref_logps.shape) != per_token:
             raise ValueError(
-                f"ref_logps must be sums {list(per_sequence)} or per token {list(per_token)}; "
+                f"ref_logps must be sums {per_sequence} or per token {per_token}; "
                 f"got {list(ref_logps.shape)}"
             )
         if ref_logps.device != self.labels.device:

@@ -5,6 +5,7 @@ Index structure only: built from the arguments that describe the batch, checked 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -56,8 +57,10 @@ class Groups:
 
     def gather(self, per_sequence: Tensor) -> Tensor:
         """Arrange `[B]` values as `[G, K]`; absent responses hold 0."""
+        if self.index is None and self.response_stride == 1:
+            return per_sequence.reshape(self.count, self.size)
         if self.index is None:
-            return per_sequence.as_strided((self.count, self.size), (self.group_stride, self.response_stride))
+            return per_sequence.reshape(self.size, self.count).T
         return torch.where(self.index >= 0, per_sequence[self.index.clamp(min=0)], 0)
 
     @property
@@ -130,13 +133,13 @@ def _ragged_groups(num_sequences: int, group_ids: Sequence[int] | Tensor, device
     members: dict[int, list[int]] = {}
     for sequence, group in enumerate(ids):
         members.setdefault(group, []).append(sequence)
-    size = max(map(len, members.values()), default=1)
+    size = max([len(group) for group in members.values()] or [1])
     padded = [group + [-1] * (size - len(group)) for group in members.values()]
     index = torch.tensor(padded, dtype=torch.int64).reshape(len(padded), size)
     return Groups(len(padded), size, index=index.to(device, non_blocking=True))
 
 
 def _check_cu_seqlens(offsets: list[int], total: int) -> None:
-    rising = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
+    rising = all(a <= b for a, b in pairwise(offsets))
     if offsets[0] != 0 or offsets[-1] != total or not rising:
         raise ValueError(f"cu_seqlens must rise from 0 to the {total} tokens of labels; got {offsets}")
