@@ -1,0 +1,73 @@
+"""Builds `rpo_kernels/_native.so` from csrc/: a plain shared library, opened with ctypes, tied to no Python or torch.
+
+Metadata is in pyproject.toml. Without a C++ compiler the package installs all the same and runs on its torch backend.
+"""
+
+import os
+import platform
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
+
+# The row kernels are compiled once for each vector level; the library picks one at run time (csrc/native.cpp).
+X86_LEVELS = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+}
+COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+
+
+def vector_levels() -> dict[str, list[str]]:
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        return {**X86_LEVELS, "baseline": []}
+    return {"neon" if machine in ("aarch64", "arm64") else "baseline": []}
+
+
+class BuildNative(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self.compile_levels(ext)
+        except (BaseError, OSError) as error:
+            self.warn(f"the native CPU backend was not built, the torch backend will serve: {error}")
+
+    def compile_levels(self, ext: Extension) -> None:
+        compiler, levels = self.compiler, vector_levels()
+        chosen = [(f"RPO_HAVE_{level.upper()}", "1") for level in levels]
+        objects = compiler.compile(
+            ["csrc/native.cpp"], self.build_temp, chosen, extra_postargs=COMMON_FLAGS, depends=ext.depends
+        )
+        for level, flags in levels.items():
+            objects += compiler.compile(
+                ["csrc/rows.cpp"],
+                os.path.join(self.build_temp, level),
+                [("RPO_LEVEL", level)],
+                extra_postargs=COMMON_FLAGS + flags,
+                depends=ext.depends,
+            )
+        path = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        threads = ["-pthread"] if sys.platform != "darwin" else []
+        compiler.link_shared_object(objects, path, extra_postargs=threads, target_lang="c++")
+
+
+class PlatformWheel(bdist_wheel):
+    """One wheel for every Python version of a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+native = Extension(
+    "rpo_kernels._native",
+    ["csrc/native.cpp", "csrc/rows.cpp"],
+    depends=["csrc/rows.h", "csrc/simd.h"],
+    optional=True,
+)
+setup(ext_modules=[native], cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel})
