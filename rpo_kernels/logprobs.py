@@ -58,8 +58,8 @@ def token_logprobs(
     if labels.ndim == 0:
         raise ValueError("labels must have at least one dimension, got a scalar")
     # [..., T, V] and [..., T] as [B, T, V] and [B, T]; views wherever strides allow.
-    rows = logits.reshape(-1, *logits.shape[-2:]) if labels.ndim > 1 else logits.unsqueeze(0)
-    targets = labels.reshape(-1, labels.shape[-1])
+    rows = logits.flatten(0, -3) if labels.ndim > 1 else logits.unsqueeze(0)
+    targets = labels.flatten(0, -2) if labels.ndim > 1 else labels.unsqueeze(0)
     logps, _, _ = torch.ops.rpo_kernels.token_logprobs(rows, targets, *options, inplace_backward, backend)
     return logps.reshape(labels.shape)
 

@@ -1,0 +1,148 @@
+"""The operators under torch's machinery: opcheck, torch.compile, autocast, checkpointing, accumulation, counting."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from rpo_kernels import RPO, rpo_loss, token_logprobs
+
+OPS = torch.ops.rpo_kernels
+CONSTANTS = (1.0, None, 1.0, -100, True)
+
+
+def make(device="cpu", dtype=torch.float32, vocab=90):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 6, 16, generator=generator).to(device, dtype)
+    weight = torch.randn(vocab, 16, generator=generator).to(device, dtype).requires_grad_()
+    labels = torch.randint(vocab, (4, 6), generator=generator)
+    labels[:, 1] = -100
+    rewards = torch.randn(4, generator=generator)
+    ref = -torch.rand(4, generator=generator)
+    return hidden, weight, labels.to(device), rewards.to(device), ref.to(device)
+
+
+def loss_of(hidden, weight, labels, rewards, ref, backend, **options):
+    return rpo_loss(hidden @ weight.T, labels, rewards, ref_logps=ref, shift=True, backend=backend, **options).loss
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_opcheck(backend, backend_device, inplace):
+    hidden, weight, labels, *_ = make(backend_device)
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    torch.library.opcheck(OPS.token_logprobs, (logits, labels, *CONSTANTS, inplace, backend))
+
+
+@pytest.mark.parametrize("name", ["token_logprobs_grad", "token_logprobs_grad_"])
+def test_opcheck_of_the_gradient(backend, backend_device, name):
+    hidden, weight, labels, *_ = make(backend_device)
+    logits = (hidden @ weight.T).detach()
+    stats = OPS.token_logprobs(logits, labels, *CONSTANTS, False, backend)
+    torch.library.opcheck(getattr(OPS, name), (logits, labels, *stats, torch.ones_like(stats[0]), *CONSTANTS, backend))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "packed", "ragged"])
+def test_compiles_to_one_graph(backend, backend_device, layout, inplace):
+    hidden, weight, labels, rewards, ref = make(backend_device)
+    options = dict(inplace_backward=inplace, backend=backend)
+    if layout == "packed":
+        hidden, labels = hidden.flatten(0, 1), labels.flatten()
+        options["cu_seqlens"] = torch.tensor([0, 6, 12, 18, 24], device=backend_device)
+    if layout == "ragged":
+        options["group_ids"] = [0, 1, 1, 1]
+
+    def step(hidden, weight):
+        return loss_of(hidden, weight, labels, rewards, ref, **options)
+
+    torch._dynamo.reset()
+    expected = step(hidden, weight)
+    (expected_grad,) = torch.autograd.grad(expected, weight)
+    loss = torch.compile(step, fullgraph=True)(hidden, weight)
+    (grad,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_autocast_keeps_losses_in_float32(backend, backend_device):
+    hidden, weight, labels, rewards, ref = make(backend_device)
+    with torch.autocast(backend_device, torch.bfloat16):
+        logits = hidden @ weight.T
+        assert logits.dtype == torch.bfloat16
+        out = rpo_loss(logits, labels, rewards, ref_logps=ref, shift=True, backend=backend)
+    out.loss.backward()
+    exact = rpo_loss(logits.double().detach(), labels, rewards, ref_logps=ref, shift=True, backend="torch")
+    assert out.loss.dtype == torch.float32
+    torch.testing.assert_close(out.loss.double(), exact.loss, rtol=1e-5, atol=1e-6)
+    assert weight.grad.dtype == torch.float32 and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_activation_checkpointing(backend, backend_device, inplace):
+    arguments = make(backend_device)
+    weight = arguments[1]
+    (expected,) = torch.autograd.grad(loss_of(*arguments, backend), weight)
+    loss = checkpoint(loss_of, *arguments, backend, inplace_backward=inplace, use_reentrant=False)
+    (grad,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(grad, expected)
+
+
+def test_gradient_accumulation(backend, backend_device):
+    hidden, weight, labels, rewards, ref = make(backend_device)
+    loss_of(hidden, weight, labels, rewards, ref, backend).backward()
+    whole, weight.grad = weight.grad, None
+    for half in (slice(0, 2), slice(2, 4)):
+        loss = loss_of(hidden[half], weight, labels[half], rewards[half], ref[half], backend, inplace_backward=True)
+        (loss / 2).backward()
+    torch.testing.assert_close(weight.grad, whole)
+
+
+def test_no_second_derivative(backend, backend_device):
+    hidden, weight, labels, *_ = make(backend_device)
+    logps = token_logprobs(hidden @ weight.T, labels, backend=backend)
+    (grad,) = torch.autograd.grad(logps.sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+def test_no_gradient_asked_for(backend, backend_device):
+    hidden, weight, labels, rewards, ref = make(backend_device)
+    with torch.no_grad():
+        assert not loss_of(hidden, weight, labels, rewards, ref, backend).requires_grad
+
+
+class LargestNewTensor(TorchDispatchMode):
+    """Records the bytes of the largest tensor whose memory an operator newly allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(x)}
+        for x in torch.utils._pytree.tree_leaves(result):
+            if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in inputs:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_inplace_loss_allocates_under_a_percent_of_the_logits(name, live_backend):
+    """Every tensor that forward and backward allocate is counted; the kernels allocate through torch alone."""
+    backend, device = live_backend(name)
+    vocab = 8192
+    logits = torch.randn(4, 6, vocab, device=device).requires_grad_()
+    source = logits * 1
+    labels = torch.randint(vocab, (4, 6), device=device)
+    rewards, ref = torch.randn(4, device=device), torch.randn(4, device=device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with LargestNewTensor() as counted:
+        out = rpo_loss(source, labels, rewards, ref_logps=ref, objective=RPO(), inplace_backward=True, backend=backend)
+        (grad,) = torch.autograd.grad(out.loss, source)
+    assert grad.data_ptr() == source.data_ptr()
+    assert 0 < counted.bytes < 0.01 * source.nbytes
+    if device == "cuda":
+        assert torch.cuda.max_memory_allocated() - before < 0.01 * source.nbytes
