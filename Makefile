@@ -1,0 +1,43 @@
+# make train   set up a virtual environment and train the embedded demonstration
+# make test    set up, then lint, type-check and test
+#
+# PYTHON=python3.12 picks the interpreter (3.10 or newer), TORCH='torch==2.11.0' the torch requirement.
+
+PYTHON ?= python3
+VENV ?= .venv
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1; ls /dev/kfd 2>/dev/null)
+TORCH ?= $(if $(HAS_GPU),torch,torch==2.13.0)
+TRITON := $(if $(HAS_GPU),triton,triton==3.9.0)
+BIN := $(VENV)/bin
+SETUP := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: train test lint clean
+
+train: $(VENV)/.train
+	$(BIN)/rpo-kernels train
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -m "not real"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Torch goes first and alone, so that nothing else decides which build of it comes.
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch $(SETUP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,bench,test]' '$(TRITON)'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info rpo_kernels/_native*.so
