@@ -134,11 +134,13 @@ class PreferenceBatch(NamedTuple):
         if shift and cu_seqlens is not None:
             # The last logits of one packed sequence do not predict the first token of the next.
             labels = labels.masked_fill(segments.starts(labels), ignore_index)
-        return cls(labels, rewards.float(), objective, segments, groups, token_weights, ignore_index, shift)
+        return cls(labels, rewards, objective, segments, groups, token_weights, ignore_index, shift)
 
     def loss(self, token_logps: Tensor, ref_logps: Tensor | None, backend: str | None) -> RPOOutput:
         """The loss from per-token log-probabilities (of the labels' shape) and the reference's."""
         ref_logps = self._check_reference(ref_logps)
+        if ref_logps is not None:
+            ref_logps = ref_logps.to(token_logps.dtype)
         if isinstance(self.objective, RPO) and dispatch.fuses_objective(token_logps, backend):
             return self._fused_loss(token_logps, ref_logps)
         scored = self.segments.scored(self.labels, self.ignore_index, self.shift)
@@ -185,7 +187,7 @@ class PreferenceBatch(NamedTuple):
             )
         if ref_logps.device != self.labels.device:
             raise ValueError(f"ref_logps must be on the labels' device {self.labels.device}; got {ref_logps.device}")
-        return ref_logps.detach().float()
+        return ref_logps.detach()
 
 
 def _check_rewards(rewards: Tensor, count: int, device: torch.device) -> None:
