@@ -10,7 +10,7 @@ import sys
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import CompileError, LinkError, PlatformError
 
 # The row kernels are compiled once for each vector level; the library picks one at run time (csrc/native.cpp).
 X86_LEVELS = {
@@ -18,6 +18,7 @@ X86_LEVELS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+COMMON_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 on its own AVX-512 header
 
 
 def vector_levels() -> dict[str, list[str]]:
@@ -34,8 +35,8 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             self.compile_levels(ext)
-        except (BaseError, OSError) as error:
-            self.warn(f"the native CPU backend was not built, the torch backend will serve: {error}")
+        except (CompileError, LinkError, PlatformError, OSError) as error:
+            self.warn(f"native CPU backend not built, the torch backend serves instead ({str(error)[:160]})")
 
     def compile_levels(self, ext: Extension) -> None:
         compiler, levels = self.compiler, vector_levels()

@@ -1,0 +1,224 @@
+"""The token level in C++ on the CPU: opens the library that setup.py built from csrc/ and passes it tensors.
+
+The library is plain C ABI, so one build serves every torch and Python version. It is compiled for several vector levels
+and takes the best that this machine runs; `RPO_KERNELS_NATIVE_LEVEL` names another.
+"""
+
+import ctypes
+import functools
+import os
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contract import RowStats, TokenOptions
+
+LIBRARY = Path(__file__).parent.parent / "_native.so"
+LEVEL_VARIABLE = "RPO_KERNELS_NATIVE_LEVEL"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def available() -> bool:
+    """Whether the native backend can run here."""
+    return reason() is None
+
+
+@functools.cache
+def reason() -> str | None:
+    """Why the native backend cannot run here, or None if it can."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} was not built: no C++ compiler was found when the package was installed"
+    try:
+        _library()
+    except OSError as error:
+        return f"{LIBRARY.name} cannot be loaded: {error}"
+    return None
+
+
+def levels() -> list[str]:
+    """The vector levels that this machine can run, best first."""
+    return _library().rpo_levels().decode().split()
+
+
+def level() -> str:
+    """The vector level in use.
+
+    Raises:
+        ValueError: if `RPO_KERNELS_NATIVE_LEVEL` names a level that this machine cannot run.
+    """
+    wanted = os.environ.get(LEVEL_VARIABLE)
+    if not wanted:
+        return levels()[0]
+    if wanted not in levels():
+        raise ValueError(f"{LEVEL_VARIABLE}={wanted!r}, but this machine runs {', '.join(levels())}")
+    return wanted
+
+
+def info() -> dict[str, Any]:
+    """Vector level, number of threads, and whose threads they are."""
+    threads = "torch's OpenMP pool" if _openmp() else "started for each call"
+    return {"level": level(), "threads": torch.get_num_threads(), "pool": threads}
+
+
+def row_stats(
+    logits: Tensor,
+    labels: Tensor,
+    options: TokenOptions = TokenOptions(),
+    first_column: int = 0,
+    running: RowStats | None = None,
+    extras: bool = False,
+) -> RowStats:
+    """As `definition.row_stats`, for float32, bfloat16 and float16 logits on the CPU."""
+    described = _describe(logits, labels, options, first_column)
+    if running is None:
+        stats = RowStats(*(torch.empty(labels.shape) for _ in range(6 if extras else 4)))
+    else:
+        stats = RowStats(*(None if x is None else x.contiguous() for x in running))
+    pointers = _Stats(*(None if x is None else x.data_ptr() for x in stats))
+    failed = _library().rpo_row_stats(
+        _level_pointer(level()), byref(_workers()), byref(described.struct), running is not None, byref(pointers)
+    )
+    if failed:
+        raise MemoryError("row_stats: no memory for partial sums")
+    if running is None:
+        return stats
+    for old, new in zip(running, stats):
+        if old is not None and old is not new:
+            old.copy_(new)
+    return running
+
+
+def row_grad(
+    logits: Tensor,
+    labels: Tensor,
+    stats: RowStats,
+    grad_logps: Tensor,
+    options: TokenOptions = TokenOptions(),
+    first_column: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `definition.row_grad`, for float32, bfloat16 and float16 logits on the CPU."""
+    described = _describe(logits, labels, options, first_column)
+    if out is not None and out.shape != logits.shape:
+        raise ValueError(f"out must have the shape of logits, {tuple(logits.shape)}, got {tuple(out.shape)}")
+    direct = out is not None and out.dtype == logits.dtype and _has_dense_rows(out)
+    result = out if out is not None and direct else torch.empty(logits.shape, dtype=logits.dtype)
+    kept = [x.to(torch.float32).contiguous() for x in (stats.logp, stats.max, stats.sumexp)]
+    factors = grad_logps.to(torch.float32)
+    struct = _Grad(*(x.data_ptr() for x in (*kept, factors)), factors.stride(), result.data_ptr(), result.stride()[:2])
+    _library().rpo_row_grad(_level_pointer(level()), byref(_workers()), byref(described.struct), byref(struct))
+    return result if out is None or direct else out.copy_(result)
+
+
+class _Logits(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("labels", c_void_p),
+        ("stride", c_int64 * 2),
+        ("labels_stride", c_int64 * 2),
+        ("batch", c_int64),
+        ("time", c_int64),
+        ("columns", c_int64),
+        ("first_column", c_int64),
+        ("ignore_index", c_int64),
+        ("logit_scale", c_double),
+        ("softcap", c_double),
+        ("temperature", c_double),
+        ("dtype", c_int32),
+        ("shift", c_int32),
+    ]
+
+
+class _Stats(Structure):
+    _fields_ = [(name, c_void_p) for name in RowStats._fields]
+
+
+class _Grad(Structure):
+    _fields_ = [
+        ("logp", c_void_p),
+        ("max", c_void_p),
+        ("sumexp", c_void_p),
+        ("grad_logps", c_void_p),
+        ("grad_logps_stride", c_int64 * 2),
+        ("out", c_void_p),
+        ("out_stride", c_int64 * 2),
+    ]
+
+
+class _Workers(Structure):
+    _fields_ = [("parallel", c_void_p), ("threads", c_int32)]
+
+
+class _Described:
+    """The C description of logits and labels, with the tensors it points into kept alive."""
+
+    def __init__(self, logits: Tensor, labels: Tensor, options: TokenOptions, first_column: int):
+        self.tensors = logits, labels
+        self.struct = _Logits(
+            logits.data_ptr(),
+            labels.data_ptr(),
+            logits.stride()[:2],
+            labels.stride(),
+            *logits.shape,
+            first_column,
+            options.ignore_index,
+            options.logit_scale,
+            options.softcap or 0.0,
+            options.temperature,
+            DTYPES[logits.dtype],
+            options.shift,
+        )
+
+
+def _describe(logits: Tensor, labels: Tensor, options: TokenOptions, first_column: int) -> _Described:
+    if logits.device.type != "cpu" or logits.dtype not in DTYPES:
+        raise ValueError(
+            f"logits must be float32, bfloat16 or float16 on the CPU, got {logits.dtype} on {logits.device}"
+        )
+    if logits.dim() != 3 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [B, T, V] with V > 0, got {tuple(logits.shape)}")
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels must be {tuple(logits.shape[:2])} as logits are, got {tuple(labels.shape)}")
+    rows = logits if _has_dense_rows(logits) else logits.contiguous()
+    return _Described(rows, labels.to("cpu", torch.int64), options, first_column)
+
+
+def _has_dense_rows(x: Tensor) -> bool:
+    return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
+    library.rpo_levels.restype = c_char_p
+    library.rpo_level.argtypes, library.rpo_level.restype = [c_char_p], c_void_p
+    library.rpo_row_stats.argtypes = [c_void_p, POINTER(_Workers), POINTER(_Logits), c_int32, POINTER(_Stats)]
+    library.rpo_row_grad.argtypes = [c_void_p, POINTER(_Workers), POINTER(_Logits), POINTER(_Grad)]
+    library.rpo_row_grad.restype = None
+    return library
+
+
+@functools.cache
+def _level_pointer(name: str) -> int:
+    return _library().rpo_level(name.encode())
+
+
+@functools.cache
+def _openmp() -> int | None:
+    """Address of the `GOMP_parallel` that torch itself calls, or None: then threads are started for each call.
+
+    A second pool beside torch's would compete with torch's threads, which spin for a while after each parallel region.
+    """
+    for path in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _workers() -> _Workers:
+    return _Workers(_openmp(), torch.get_num_threads())
