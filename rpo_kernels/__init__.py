@@ -1,4 +1,4 @@
-"""Fused kernels for Reward-aware Preference Optimization: from logits, or hidden states and the LM head, to the loss."""
+"""Fused kernels for Reward-aware Preference Optimization: from logits, or hidden states and LM head, to the loss."""
 
 from .kernels.dispatch import backend_info
 from .logprobs import token_logprobs

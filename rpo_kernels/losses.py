@@ -182,8 +182,7 @@ class PreferenceBatch(NamedTuple):
             )
         if list(ref_logps.shape) != per_sequence and list(ref_logps.shape) != per_token:
             raise ValueError(
-                f"ref_logps must be sums {per_sequence} or per token {per_token}; "
-                f"got {list(ref_logps.shape)}"
+                f"ref_logps must be sums {per_sequence} or per token {per_token}; got {list(ref_logps.shape)}"
             )
         if ref_logps.device != self.labels.device:
             raise ValueError(f"ref_logps must be on the labels' device {self.labels.device}; got {ref_logps.device}")

@@ -152,9 +152,7 @@ def IPO(beta: float = 0.1) -> RPO:
 
 def SimPO(beta: float = 2.0, gamma: float = 1.0) -> RPO:
     """Simple Preference Optimization (arXiv 2405.14734, eq. 6): length-normalised, reference-free, with a margin."""
-    return RPO(
-        "bwd_kl", beta=beta, target_margin=math.inf, margin=gamma, length_normalize=True, reference_free=True
-    )
+    return RPO("bwd_kl", beta=beta, target_margin=math.inf, margin=gamma, length_normalize=True, reference_free=True)
 
 
 def DistilledDPO(beta: float = 0.1, eta: float = 1.0) -> RPO:

@@ -27,6 +27,12 @@ class Segments:
             return values.sum(-1)
         return torch.segment_reduce(values, "sum", offsets=self.cu_seqlens.long(), initial=0)
 
+    def spread(self, per_sequence: Tensor, tokens: Tensor) -> Tensor:
+        """Give each token of the shape of `tokens` its sequence's value; a view of padded batches."""
+        if self.cu_seqlens is None:
+            return per_sequence.unsqueeze(-1).expand(tokens.shape)
+        return per_sequence.repeat_interleave(self.cu_seqlens.diff(), output_size=tokens.numel())
+
     def scored(self, labels: Tensor, ignore_index: int, shift: bool) -> Tensor:
         """Which tokens are scored, bool of the labels' shape: not ignored, and not first if `shift`."""
         scored = labels != ignore_index
@@ -62,6 +68,15 @@ class Groups:
         if self.index is None:
             return per_sequence.reshape(self.size, self.count).T
         return torch.where(self.index >= 0, per_sequence[self.index.clamp(min=0)], 0)
+
+    def spread(self, per_group: Tensor, num_sequences: int) -> Tensor:
+        """Give each sequence its group's value, `[G]` to `[B]`."""
+        values = per_group.unsqueeze(-1).expand(self.count, self.size)
+        if self.index is None:
+            return (values if self.response_stride == 1 else values.T).reshape(-1)
+        # Absent responses write to one place past the end.
+        target = torch.where(self.index >= 0, self.index, num_sequences)
+        return per_group.new_zeros(num_sequences + 1).scatter(0, target.reshape(-1), values.reshape(-1))[:-1]
 
     @property
     def present(self) -> Tensor | None:

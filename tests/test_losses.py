@@ -201,7 +201,9 @@ def test_every_differentiable_output(backend, backend_device):
     torch.testing.assert_close(grad, exact, rtol=1e-4, atol=1e-5)
     out = rpo_loss(logits, labels, rewards, ref_logps=ref, objective=objective, backend=backend)
     (grad,) = torch.autograd.grad((out.logps * logp_weight).sum(), logits)
-    (exact,) = torch.autograd.grad((by_hand(logits, labels, rewards, ref, objective, index)[2] * logp_weight).sum(), logits)
+    (exact,) = torch.autograd.grad(
+        (by_hand(logits, labels, rewards, ref, objective, index)[2] * logp_weight).sum(), logits
+    )
     torch.testing.assert_close(grad, exact, rtol=1e-4, atol=1e-5)
 
 

@@ -77,9 +77,7 @@ def test_ragged_groups_equal_their_groups_alone(objective):
     sizes = (4, 1, 2)
     present = torch.tensor([[k < size for k in range(4)] for size in sizes])
     losses = objective(ratios, rewards, present)
-    alone = torch.cat(
-        [objective(ratios[g : g + 1, :size], rewards[g : g + 1, :size]) for g, size in enumerate(sizes)]
-    )
+    alone = torch.cat([objective(ratios[g : g + 1, :size], rewards[g : g + 1, :size]) for g, size in enumerate(sizes)])
     torch.testing.assert_close(losses, alone)
     (grad,) = torch.autograd.grad(losses.sum(), ratios)
     assert grad[~present].eq(0).all() and grad.isfinite().all()

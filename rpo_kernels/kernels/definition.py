@@ -4,7 +4,6 @@ Runs on any device and in any floating dtype, float64 included, and serves where
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .contract import RowStats, TokenOptions
@@ -61,20 +60,13 @@ def row_stats(
         total=z.sum(-1) if extras else None,
     )
     if running is not None:
-        tile = _merge(RowStats(*(_to_rows(x, options) for x in running)), tile)
+        tile = _merge(RowStats(*(None if x is None else _to_rows(x, options) for x in running)), tile)  # type: ignore
     tile = tile._replace(logp=(tile.label_logit - tile.max) - tile.sumexp.log())
-
-    empty = RowStats(0.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # type: ignore[arg-type]
-    result = RowStats(
-        *(
-            None if x is None else _to_labels(torch.where(scored, x, fill), fill, options)
-            for x, fill in zip(tile, empty)
-        )  # type: ignore[arg-type]
-    )
+    result = _unscored_blank(tile, scored, options)
     if running is None:
         return result
     for old, new in zip(running, result):
-        if old is not None:
+        if old is not None and new is not None:
             old.copy_(new)
     return running
 
@@ -135,30 +127,47 @@ def _label_column(z: Tensor, target: Tensor, first_column: int) -> Tensor:
 
 def _merge(a: RowStats, b: RowStats) -> RowStats:
     top = torch.maximum(a.max, b.max)
-    sumexp, weighted = 0.0, 0.0
-    for part in (a, b):
-        away = torch.where(part.sumexp > 0, part.max - _finite(top), 0)
-        sumexp = sumexp + part.sumexp * away.exp()
-        if part.weighted is not None:
-            weighted = weighted + (part.weighted + part.sumexp * away) * away.exp()
-    extras = a.weighted is not None
-    return RowStats(
-        logp=a.logp,
+    # How far each part's maximum lies below the new one; a part that saw nothing but -inf has no weight anyway.
+    drops = [torch.where(part.sumexp > 0, part.max - _finite(top), 0) for part in (a, b)]
+    merged = a._replace(
         max=top,
-        sumexp=sumexp,  # type: ignore[arg-type]
+        sumexp=a.sumexp * drops[0].exp() + b.sumexp * drops[1].exp(),
         label_logit=torch.maximum(a.label_logit, b.label_logit),
-        weighted=weighted if extras else None,  # type: ignore[arg-type]
-        total=a.total + b.total if extras else None,  # type: ignore[operator]
+    )
+    if a.weighted is None or b.weighted is None or a.total is None or b.total is None:
+        return merged
+    moved = [x + part.sumexp * drop for x, part, drop in zip((a.weighted, b.weighted), (a, b), drops)]
+    return merged._replace(
+        weighted=moved[0] * drops[0].exp() + moved[1] * drops[1].exp(),
+        total=a.total + b.total,
     )
 
 
-def _to_rows(x: Tensor | None, options: TokenOptions, fill: float = 0.0) -> Tensor | None:
+def _unscored_blank(stats: RowStats, scored: Tensor, options: TokenOptions) -> RowStats:
+    """Statistics of rows as statistics of label positions; what is not scored holds 0, and 1 in `sumexp`."""
+
+    def blank(x: Tensor, fill: float = 0.0) -> Tensor:
+        return _to_labels(torch.where(scored, x, fill), fill, options)
+
+    return RowStats(
+        logp=blank(stats.logp),
+        max=blank(stats.max),
+        sumexp=blank(stats.sumexp, 1.0),
+        label_logit=blank(stats.label_logit),
+        weighted=None if stats.weighted is None else blank(stats.weighted),
+        total=None if stats.total is None else blank(stats.total),
+    )
+
+
+def _to_rows(x: Tensor, options: TokenOptions, fill: float = 0.0) -> Tensor:
     """From label positions to the rows of logits that predict them."""
-    if x is None or not options.shift:
+    if not options.shift:
         return x
-    return F.pad(x[:, 1:], (0, 1), value=fill)
+    return torch.cat((x[:, 1:], x.new_full((x.shape[0], 1), fill)), -1)[:, : x.shape[1]]
 
 
 def _to_labels(x: Tensor, fill: float, options: TokenOptions) -> Tensor:
     """From rows of logits to the label positions that they predict."""
-    return F.pad(x[:, :-1], (1, 0), value=fill) if options.shift else x
+    if not options.shift:
+        return x
+    return torch.cat((x.new_full((x.shape[0], 1), fill), x[:, :-1]), -1)[:, : x.shape[1]]
