@@ -3,7 +3,7 @@
 A backend is a module with two functions over logits `[B, T, V]` and labels `[B, T]`:
 
     row_stats(logits, labels, options, first_column=0, running=None, extras=False) -> RowStats
-    row_grad(logits, labels, stats, grad_logps, options, first_column=0, out=None) -> Tensor
+    row_grad(logits, labels, stats, grad_logps, options, first_column=0, out=None, active=None) -> Tensor
 
 `definition` states both in plain torch; `triton_rows` and `native` are tested against it.
 """
@@ -35,6 +35,13 @@ class TokenOptions(NamedTuple):
                 continue
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+class ActiveColumns(NamedTuple):
+    """For `row_grad` to fill as it passes: which columns of a tile hold a gradient that counts."""
+
+    mask: Tensor  # [v] uint8; set to 1 where |gradient| > threshold in any scored row, elsewhere left as it is
+    threshold: float
 
 
 class RowStats(NamedTuple):

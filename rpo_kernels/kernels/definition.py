@@ -6,7 +6,7 @@ Runs on any device and in any floating dtype, float64 included, and serves where
 import torch
 from torch import Tensor
 
-from .contract import RowStats, TokenOptions
+from .contract import ActiveColumns, RowStats, TokenOptions
 
 
 def transform(logits: Tensor, options: TokenOptions) -> Tensor:
@@ -79,6 +79,7 @@ def row_grad(
     options: TokenOptions = TokenOptions(),
     first_column: int = 0,
     out: Tensor | None = None,
+    active: ActiveColumns | None = None,
 ) -> Tensor:
     """Gradient of the log-probabilities: `U = (onehot(label) - softmax(z)) * dz/dx * grad_logps`.
 
@@ -86,7 +87,8 @@ def row_grad(
         logits: `[B, T, v]`, columns `first_column ... first_column + v` of the vocabulary.
         stats: finished statistics of the whole rows (`logp`, `max` and `sumexp` are read).
         grad_logps: `[B, T]`, the factor of each label position.
-        out: where to write, `logits` itself included; None for a new tensor of the logits' dtype.
+        out: where to write, in any floating dtype, `logits` itself included; None for a new tensor of the logits' dtype.
+        active: filled with the columns whose gradient, before it is rounded to `out`, exceeds a threshold anywhere.
 
     Returns:
         `out`; rows that no scored label reads are 0.
@@ -100,8 +102,10 @@ def row_grad(
     # 1 - p of the label from its log-probability: exact also where p rounds to 1.
     unit = torch.where(is_label, -torch.expm1(logp).unsqueeze(-1), -probs)
     grad = unit * transform_derivative(logits, options) * factor.unsqueeze(-1)
-    grad = torch.where((target != options.ignore_index).unsqueeze(-1), grad, 0).to(logits.dtype)
-    return grad if out is None else out.copy_(grad)
+    grad = torch.where((target != options.ignore_index).unsqueeze(-1), grad, 0)
+    if active is not None:
+        active.mask.masked_fill_((grad.abs() > active.threshold).flatten(0, -2).any(0), 1)
+    return grad.to(logits.dtype) if out is None else out.copy_(grad)
 
 
 def labels_of_rows(labels: Tensor, options: TokenOptions) -> Tensor:
