@@ -62,11 +62,11 @@ def row_stats(
     Rows may be strided; logits whose last stride is not 1 are copied.
 
     Raises:
-        ValueError: for another dtype.
+        ValueError: for another dtype, or running statistics that are not contiguous.
     """
     logits = _checked(logits)
     extras = running.total is not None if running is not None else extras
-    stats = _empty_stats(labels, extras) if running is None else running
+    stats = _empty_stats(labels, extras) if running is None else _contiguous(running)
     if labels.numel() == 0:
         return stats
     columns = logits.shape[-1]
@@ -173,12 +173,11 @@ def row_stats_kernel(
     body = tl.multiple_of(row + head, VECTOR * row.dtype.element_ty.primitive_bitwidth // 8)
     scale = outer * LOG2E
     column, inside = _edges(head, end, columns, split, VECTOR, LANES)
-    u = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
-    u = _squash(u, inner, SOFTCAP)
-    total = tl.where(inside, u, 0.0)
-    u = tl.where(inside, u, float("-inf"))
-    top = tl.maximum(u, LOWEST)
-    sumexp = tl.exp2((u - top) * scale)
+    edges = _squash(tl.load(row + column, mask=inside, other=0.0).to(tl.float32), inner, SOFTCAP)
+    total = tl.where(inside, edges, 0.0)
+    edges = tl.where(inside, edges, float("-inf"))
+    top = tl.maximum(edges, LOWEST)
+    sumexp = tl.exp2((edges - top) * scale)
     weighted = tl.zeros_like(sumexp)
 
     BLOCK: tl.constexpr = VECTOR * LANES * STEPS
@@ -193,13 +192,13 @@ def row_stats_kernel(
             total += _lane_sum(u, VECTOR, LANES, STEPS)
         top, sumexp, weighted = _fold(u, top, sumexp, weighted, scale, EXTRAS, VECTOR, LANES, STEPS)
     if whole < stop:
-        inside = offsets < stop - whole
-        x = tl.load(body + whole + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        u = _squash(x, inner, SOFTCAP)
+        here = offsets < stop - whole
+        tail = tl.load(body + whole + offsets, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        tail = _squash(tail, inner, SOFTCAP)
         if EXTRAS:
-            total += _lane_sum(tl.where(inside, u, 0.0), VECTOR, LANES, STEPS)
-        u = tl.where(inside, u, float("-inf"))
-        top, sumexp, weighted = _fold(u, top, sumexp, weighted, scale, EXTRAS, VECTOR, LANES, STEPS)
+            total += _lane_sum(tl.where(here, tail, 0.0), VECTOR, LANES, STEPS)
+        tail = tl.where(here, tail, float("-inf"))
+        top, sumexp, weighted = _fold(tail, top, sumexp, weighted, scale, EXTRAS, VECTOR, LANES, STEPS)
 
     top, sumexp, weighted, total = _reduce_lanes(top, sumexp, weighted, total, scale, EXTRAS)
     if partial is None:
@@ -317,20 +316,24 @@ def row_grad_kernel(
     own = -_expm1(tl.load(logps + at)) * factor
     label_column = label.to(tl.int64) - first_column
 
-    x = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
-    grad = _grad(x, column, label_column, top, others, own, inner, outer, SOFTCAP)
-    tl.store(out_row + column, grad.to(out.dtype.element_ty), mask=inside)
-    label_offset = label_column - head
+    edges = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
+    edges = _grad(edges, column, label_column, top, others, own, inner, outer, SOFTCAP)
+    tl.store(out_row + column, edges.to(out.dtype.element_ty), mask=inside)
+    # Whole blocks but the label's: no masks, no comparing of columns. Then the label's block and the partial one.
+    label_offset = (label_column - head).to(tl.int32)
     whole = start + tl.maximum(stop - start, 0) // BLOCK * BLOCK
-    for first in range(start, whole, BLOCK):
+    holds_label = (label_offset >= start) & (label_offset < whole)
+    special = tl.where(holds_label, label_offset // BLOCK * BLOCK, whole)
+    for i in range(start, tl.where(holds_label, whole - BLOCK, whole), BLOCK):
+        first = i + tl.where(i >= special, BLOCK, 0)
         x = tl.load(body + first + offsets, eviction_policy="evict_first").to(tl.float32)
-        grad = _block_grad(x, offsets, label_offset - first, top, others, own, inner, outer, SOFTCAP, BLOCK)
+        grad = _grad(x, None, None, top, others, own, inner, outer, SOFTCAP)
         tl.store(out_body + first + offsets, grad.to(out.dtype.element_ty))
-    if whole < stop:
-        inside = offsets < stop - whole
-        x = tl.load(body + whole + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        grad = _grad(x, offsets, label_offset - whole, top, others, own, inner, outer, SOFTCAP)
-        tl.store(out_body + whole + offsets, grad.to(out.dtype.element_ty), mask=inside)
+    for first in range(special, stop, tl.where(special < whole, whole - special, BLOCK)):
+        here = offsets < stop - first
+        x = tl.load(body + first + offsets, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        grad = _grad(x, offsets, label_offset - first, top, others, own, inner, outer, SOFTCAP)
+        tl.store(out_body + first + offsets, grad.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -339,9 +342,7 @@ def _label_and_row(logits, labels, logits_strides, labels_strides, at, length, i
     batch = at.to(tl.int64) // length
     position = at.to(tl.int64) % length
     t = position - 1 if SHIFT else position
-    label = tl.load(
-        labels + batch * labels_strides[0] + position * labels_strides[1], mask=t >= 0, other=ignore_index
-    )
+    label = tl.load(labels + batch * labels_strides[0] + position * labels_strides[1], mask=t >= 0, other=ignore_index)
     return label, logits + batch * logits_strides[0] + t * logits_strides[1]
 
 
@@ -458,19 +459,8 @@ def _store_unscored(stats, at, EXTRAS: tl.constexpr):
 
 
 @triton.jit
-def _block_grad(
-    x, offsets, label_offset, top, others, own, inner, outer, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
-):
-    """`_grad`, which compares columns with the label only in the one block that holds it."""
-    if (label_offset >= 0) & (label_offset < BLOCK):
-        grad = _grad(x, offsets, label_offset, top, others, own, inner, outer, SOFTCAP)
-    else:
-        grad = _grad(x, None, None, top, others, own, inner, outer, SOFTCAP)
-    return grad
-
-
-@triton.jit
 def _grad(x, column, label_column, top, others, own, inner, outer, SOFTCAP: tl.constexpr):
+    """Gradient of some columns, none of them the label's if `column` is None."""
     u = _squash(x, inner, SOFTCAP)
     grad = tl.exp2(tl.fma(u, outer, -top) * LOG2E) * others
     if column is not None:
@@ -509,6 +499,12 @@ def _checked(logits: Tensor) -> Tensor:
 
 def _empty_stats(labels: Tensor, extras: bool) -> RowStats:
     return RowStats(*(labels.new_empty(labels.shape, dtype=torch.float32) for _ in range(6 if extras else 4)))
+
+
+def _contiguous(running: RowStats) -> RowStats:
+    if not all(x.is_contiguous() for x in running if x is not None):
+        raise ValueError(f"running must be contiguous to be continued in place; got strides {running.logp.stride()}")
+    return running
 
 
 def _scales(options: TokenOptions) -> tuple[float, float]:
