@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rpo_kernels.kernels import definition, dispatch
-from rpo_kernels.kernels.contract import TokenOptions
+from rpo_kernels.kernels.contract import ActiveColumns, TokenOptions
 
 # Triton's interpreter computes in NumPy, which warns where exponentials of huge logits overflow as intended.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -68,13 +68,13 @@ def assert_grad_matches(grad, logits, labels, grad_logps, options=PLAIN):
     """Compare with the definition in float64: each entry to half a unit in the last place and a little more."""
     exact = definition.row_stats(logits.double().cpu(), labels.cpu(), options)
     expected = definition.row_grad(logits.double().cpu(), labels.cpu(), exact, grad_logps.double().cpu(), options)
-    assert grad.dtype == logits.dtype and grad.shape == logits.shape
-    rounding = HALF_ULP[logits.dtype] * 1.01
-    smallest = 2**-24 if logits.dtype == torch.float16 else 1e-12
+    assert grad.shape == logits.shape
+    rounding = HALF_ULP[grad.dtype] * 1.01
+    smallest = 2**-24 if grad.dtype == torch.float16 else 1e-12
     error = (grad.double().cpu() - expected).abs()
     excess = error - expected.abs() * (rounding + 1e-5) - smallest - 1e-7 * expected.abs().amax()
     assert excess.amax() <= 0, f"worst entry {excess.argmax().item()}"
-    assert error.norm() <= expected.norm() * (1e-6 + (0 if logits.dtype == torch.float32 else rounding))
+    assert error.norm() <= expected.norm() * (1e-6 + (0 if grad.dtype == torch.float32 else rounding))
 
 
 # The definition.
@@ -118,6 +118,7 @@ def test_whole_rows(rows, backend_device, vocab, dtype, options):
     stats = rows.row_stats(logits, labels, options)
     assert_stats_match(stats, logits, labels, options, logp_error=2e-6 if options.softcap is None else 8e-6)
     grad = rows.row_grad(logits, labels, stats, grad_logps, options)
+    assert grad.dtype == dtype
     assert_grad_matches(grad, logits, labels, grad_logps, options)
 
 
@@ -276,6 +277,34 @@ def test_gradient_in_place(rows, backend_device, options):
     apart = rows.row_grad(logits, labels, stats, grad_logps, options)
     assert rows.row_grad(logits, labels, stats, grad_logps, options, out=logits) is logits
     assert torch.equal(logits, apart)
+
+
+@pytest.mark.parametrize("dtype", HALF_ULP, ids=str)
+@pytest.mark.parametrize("out_dtype", HALF_ULP, ids=str)
+def test_gradient_in_another_dtype(rows, backend_device, dtype, out_dtype):
+    logits, labels, grad_logps = make_batch(backend_device, (2, 2, 331), dtype)
+    stats = rows.row_stats(logits, labels, PLAIN)
+    out = torch.empty_like(logits, dtype=out_dtype)
+    assert rows.row_grad(logits, labels, stats, grad_logps, PLAIN, out=out) is out
+    assert_grad_matches(out, logits, labels, grad_logps)
+
+
+@pytest.mark.parametrize("name", ["plain", "softcap", "shift"])
+def test_active_columns(rows, backend_device, name):
+    options, threshold = TRANSFORMS[name], 2**-7
+    logits, labels, grad_logps = make_batch(backend_device, (2, 3, 331), torch.bfloat16)
+    stats = rows.row_stats(logits, labels, options)
+    exact = definition.row_stats(logits.double(), labels, options)
+    expected = definition.row_grad(logits.double(), labels, exact, grad_logps.double(), options)
+    largest = expected.abs().flatten(0, 1).amax(0)
+    assert ((largest - threshold).abs() > 1e-6 * threshold).all()  # none so near that rounding decides
+    mask = torch.zeros(331, dtype=torch.uint8, device=backend_device)
+    mask[:10] = 1  # marked by an earlier call
+    apart = rows.row_grad(logits, labels, stats, grad_logps, options)
+    grad = rows.row_grad(logits, labels, stats, grad_logps, options, active=ActiveColumns(mask, threshold))
+    assert torch.equal(grad, apart)
+    assert (mask[:10] == 1).all() and torch.equal(mask[10:], (largest > threshold)[10:].to(torch.uint8))
+    assert 0 < mask[10:].sum() < 200
 
 
 def test_gradient_of_a_certain_label(rows, backend_device):

@@ -111,6 +111,13 @@ def test_common_vector(shape, strides, gap, vector):
     assert triton_rows._common_vector(a, b) == triton_rows._common_vector(b, a) == vector
 
 
+def test_common_vector_of_two_dtypes():
+    logits = torch.empty(2, 3, 64)
+    memory = torch.empty(1000, dtype=torch.bfloat16)
+    assert triton_rows._common_vector(logits, memory[: 6 * 64].view(2, 3, 64)) == 8
+    assert triton_rows._common_vector(logits, memory[4 : 4 + 6 * 64].view(2, 3, 64)) == 4
+
+
 def test_offsets_beyond_31_bits(device):
     """Two rows more than 2^31 elements apart; only the pages of those rows are touched."""
     apart = 2**31 + 8
@@ -143,8 +150,10 @@ def test_errors_name_the_argument(device):
     stats = triton_rows.row_stats(logits[:, :1], labels[:, :1], PLAIN)
     with pytest.raises(ValueError, match=r"logits must be .* got torch\.float64"):
         triton_rows.row_stats(logits.double(), labels, PLAIN)
-    for out in (logits.half(), logits[..., :-1], torch.empty(2, 300, 3, device=device).transpose(1, 2)):
-        with pytest.raises(ValueError, match=r"out must be torch\.float32 of shape \[2, 3, 300\] with last stride 1"):
+    for out in (logits.double(), logits[..., :-1], torch.empty(2, 300, 3, device=device).transpose(1, 2)):
+        with pytest.raises(
+            ValueError, match=r"out must be float32, bfloat16 or float16 of shape \[2, 3, 300\] with last stride 1"
+        ):
             triton_rows.row_grad(logits, labels, stats, grad_logps, PLAIN, out=out)
     running = stats._replace(logp=stats.logp.expand(2, 3))
     with pytest.raises(ValueError, match="running must be contiguous"):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import RowStats, TokenOptions
+from .contract import ActiveColumns, RowStats, TokenOptions
 
 NUM_WARPS = 4
 LANES = NUM_WARPS * (64 if torch.version.hip else 32)
@@ -102,21 +102,22 @@ def row_grad(
     options: TokenOptions = TokenOptions(),
     first_column: int = 0,
     out: Tensor | None = None,
+    active: ActiveColumns | None = None,
 ) -> Tensor:
-    """`definition.row_grad` for float32, bfloat16 and float16 logits; one launch.
+    """`definition.row_grad` for float32, bfloat16 and float16 logits and `out`; one launch.
 
-    Rows of `logits` and `out` may be strided, `grad_logps` may have any strides. Loads and stores are as wide as the
-    two tensors' addresses allow in step, 16 bytes where they agree modulo 16.
+    Rows of `logits` and `out` may be strided, `grad_logps` may have any strides. Loads and stores are 16 bytes wide
+    where rows of the two tensors are equally far from a boundary, narrower where not.
 
     Raises:
-        ValueError: for another dtype, or an `out` of another shape, dtype or with a last stride other than 1.
+        ValueError: for another dtype, or an `out` of another shape or with a last stride other than 1.
     """
     source = _checked(logits)
     if out is None:
         out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
-    if out.shape != source.shape or out.dtype != source.dtype or (out.shape[-1] > 1 and out.stride(-1) != 1):
+    if out.shape != source.shape or out.dtype not in _DTYPES or (out.shape[-1] > 1 and out.stride(-1) != 1):
         raise ValueError(
-            f"out must be {source.dtype} of shape {list(source.shape)} with last stride 1; "
+            f"out must be float32, bfloat16 or float16 of shape {list(source.shape)} with last stride 1; "
             f"got {out.dtype} of shape {list(out.shape)} with strides {list(out.stride())}"
         )
     if out.numel() == 0:
@@ -126,10 +127,11 @@ def row_grad(
     logps, tops, sumexps = (x.contiguous() for x in stats[:3])
     with torch.cuda.device_of(source):
         row_grad_kernel[(labels.numel(), tiling.splits)](
-            *(source, out, labels, logps, tops, sumexps, grad_logps),
+            *(source, out, None if active is None else active.mask, labels, logps, tops, sumexps, grad_logps),
             *(source.stride()[:2], out.stride()[:2], labels.stride(), grad_logps.stride()),
             *(*labels.shape[1:], columns, first_column, options.ignore_index, *_scales(options)),
             _blocks(columns, tiling),
+            0.0 if active is None else active.threshold,
             SOFTCAP=options.softcap is not None,
             SHIFT=options.shift,
             **_constants(tiling),
@@ -257,6 +259,7 @@ def combine_kernel(
 def row_grad_kernel(
     logits,  # [B, length, columns]
     out,  # [B, length, columns], may be logits
+    active,  # [columns] uint8, or None
     labels,  # [B, length], as the four below; the next three contiguous
     logps,
     tops,
@@ -273,6 +276,7 @@ def row_grad_kernel(
     inner,
     outer,
     blocks,
+    threshold,
     SOFTCAP: tl.constexpr,
     SHIFT: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -292,7 +296,7 @@ def row_grad_kernel(
 
     head, end = _vector_range(row, columns, VECTOR)
     body = tl.multiple_of(row + head, VECTOR * row.dtype.element_ty.primitive_bitwidth // 8)
-    out_body = tl.multiple_of(out_row + head, VECTOR * row.dtype.element_ty.primitive_bitwidth // 8)
+    out_body = tl.multiple_of(out_row + head, VECTOR * out.dtype.element_ty.primitive_bitwidth // 8)
     column, inside = _edges(head, end, columns, split, VECTOR, LANES)
     BLOCK: tl.constexpr = VECTOR * LANES * STEPS
     offsets = tl.arange(0, BLOCK)
@@ -319,6 +323,8 @@ def row_grad_kernel(
     edges = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
     edges = _grad(edges, column, label_column, top, others, own, inner, outer, SOFTCAP)
     tl.store(out_row + column, edges.to(out.dtype.element_ty), mask=inside)
+    if active is not None:
+        tl.store(active + column, 1, mask=inside & (tl.abs(edges) > threshold))
     # Whole blocks but the label's: no masks, no comparing of columns. Then the label's block and the partial one.
     label_offset = (label_column - head).to(tl.int32)
     whole = start + tl.maximum(stop - start, 0) // BLOCK * BLOCK
@@ -329,11 +335,15 @@ def row_grad_kernel(
         x = tl.load(body + first + offsets, eviction_policy="evict_first").to(tl.float32)
         grad = _grad(x, None, None, top, others, own, inner, outer, SOFTCAP)
         tl.store(out_body + first + offsets, grad.to(out.dtype.element_ty))
+        if active is not None:
+            tl.store(active + head + first + offsets, 1, mask=tl.abs(grad) > threshold)
     for first in range(special, stop, tl.where(special < whole, whole - special, BLOCK)):
         here = offsets < stop - first
         x = tl.load(body + first + offsets, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
         grad = _grad(x, offsets, label_offset - first, top, others, own, inner, outer, SOFTCAP)
         tl.store(out_body + first + offsets, grad.to(out.dtype.element_ty), mask=here)
+        if active is not None:
+            tl.store(active + head + first + offsets, 1, mask=here & (tl.abs(grad) > threshold))
 
 
 @triton.jit
@@ -530,9 +540,9 @@ def _constants(tiling: Tiling) -> dict[str, int | bool]:
 
 def _common_vector(a: Tensor, b: Tensor) -> int:
     """Columns in the widest vector, up to 16 bytes, that is aligned in a row of `b` where it is in that row of `a`."""
-    gaps = [(a.data_ptr() - b.data_ptr()) // a.itemsize]
+    gaps = [a.data_ptr() // a.itemsize - b.data_ptr() // b.itemsize]
     gaps += [x - y for x, y, size in zip(a.stride()[:2], b.stride()[:2], a.shape) if size > 1]
-    vector = 16 // a.itemsize
+    vector = 16 // min(a.itemsize, b.itemsize)
     while any(gap % vector for gap in gaps):
         vector //= 2
     return vector

@@ -1,0 +1,202 @@
+"""What Triton makes of the kernels, without a GPU: registers, spills, shared memory, and the main loop's instructions.
+
+    python bench/triton_code.py [--target sm_90 ...] [--json]
+
+Compiles ahead of time for the vocabularies in VOCABULARIES and prints one line for each distinct build.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rpo_kernels.kernels import triton_rows
+from rpo_kernels.kernels.contract import RowStats
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ABSENT = "constexpr"  # an argument that is None is a constant to Triton
+INTEGERS = dict.fromkeys(("length", "columns", "first_column", "ignore_index"), "i32")
+STRIDES = ("i32", "i32")
+
+
+class Build(NamedTuple):
+    """One specialisation of a kernel: what Triton would see at its launch."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, Any]  # argument types
+    constants: dict[str, Any]
+    absent: list[tuple[int, ...]]  # paths of the arguments that are None
+    num_warps: int
+    columns_a_thread: int = 0  # in one iteration of the main loop
+
+    def compile(self, target: GPUTarget) -> Any:
+        signature = {name: self.signature.get(name, "constexpr") for name in self.kernel.arg_names}
+        constants = {(self.kernel.arg_names.index(name),): value for name, value in self.constants.items()}
+        constants |= dict.fromkeys(self.absent)
+        source = ASTSource(self.kernel, signature=signature, constexprs=constants)
+        return triton.compile(source, target=target, options=dict(num_warps=self.num_warps, enable_fp_fusion=True))
+
+
+def row_builds(target: GPUTarget) -> list[Build]:
+    """The row kernels' builds, each once, in the forms that matter."""
+    builds = {}
+    for columns in VOCABULARIES:
+        for dtype in BYTES:
+            plain = dict(dtype=dtype, columns=columns, target=target)
+            for build in (row_stats(**plain), row_grad(**plain)):
+                builds[build.name] = build
+        bf16 = dict(dtype="bf16", columns=columns, target=target)
+        for build in (
+            row_stats(**bf16, softcap=True),
+            row_stats(**bf16, extras=True, running=True),
+            row_stats(**bf16, split=True),
+            row_grad(**bf16, softcap=True),
+            row_grad(**bf16, vector=1),
+            row_grad(**bf16, active=True),
+            row_grad(dtype="fp32", out="bf16", columns=columns, target=target),
+            combine(),
+        ):
+            builds[build.name] = build
+    return list(builds.values())
+
+
+def row_stats(dtype, columns, target, softcap=False, extras=False, running=False, split=False) -> Build:
+    tiling, shape, num_warps = _tiling(columns, 16 // BYTES[dtype], target)
+    signature = dict(logits="*" + dtype, blocks="i32", **_stats_arguments(extras))
+    if split:
+        signature["partial"] = "*fp32"
+    flags = dict(SOFTCAP=softcap, SHIFT=False, EXTRAS=extras, RUNNING=running)
+    name = _name("row_stats", dtype, shape, softcap=softcap, extras=extras, running=running, split=split)
+    absent = ([] if split else [(3,)]) + ([] if extras else [(2, 4), (2, 5)])
+    per_thread = tiling.vector * tiling.steps
+    return Build(name, triton_rows.row_stats_kernel, signature, flags | shape, absent, num_warps, per_thread)
+
+
+def combine() -> Build:
+    signature = dict(logits="*bf16", partial="*fp32", **_stats_arguments(True))
+    flags = dict(SOFTCAP=False, SHIFT=False, EXTRAS=True, RUNNING=True, SPLITS=16)
+    return Build("combine splits=16", triton_rows.combine_kernel, signature, flags, [], 1)
+
+
+def row_grad(dtype, columns, target, out=None, softcap=False, active=False, vector=None) -> Build:
+    out = out or dtype
+    tiling, shape, num_warps = _tiling(columns, vector or 16 // min(BYTES[dtype], BYTES[out]), target)
+    signature = dict(logits="*" + dtype, out="*" + out, labels="*i64", blocks="i32")
+    signature |= dict.fromkeys(("inner", "outer", "threshold"), "fp32")
+    if active:
+        signature["active"] = "*u8"
+    signature |= dict.fromkeys(("logps", "tops", "sumexps", "grad_logps"), "*fp32") | INTEGERS
+    signature |= dict.fromkeys(("logits_strides", "out_strides", "labels_strides", "grad_strides"), STRIDES)
+    flags = dict(SOFTCAP=softcap, SHIFT=False)
+    dtypes = dtype if out == dtype else f"{dtype}->{out}"
+    name = _name("row_grad", dtypes, shape, softcap=softcap, active=active)
+    absent = [] if active else [(2,)]
+    per_thread = tiling.vector * tiling.steps
+    return Build(name, triton_rows.row_grad_kernel, signature, flags | shape, absent, num_warps, per_thread)
+
+
+def facts(build: Build, target_name: str) -> dict[str, Any]:
+    """Compile and read off what matters."""
+    target = TARGETS[target_name]
+    code = build.compile(target)
+    found = dict(name=build.name, target=target_name, shared=code.metadata.shared)
+    if target.backend == "hip":
+        return found | _amd_resources(code.asm["amdgcn"])
+    sass = code.asm["sass"]
+    found |= _nvidia_resources(code.asm["cubin"])
+    found["local"] = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return found | (_main_loop(sass, build.columns_a_thread) if build.columns_a_thread else {})
+
+
+def _main_loop(sass: str, columns: int) -> dict[str, Any]:
+    """Count the loop that reads the logits: the backward branch around the most unmasked global loads."""
+    lines = sass.splitlines()
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if re.fullmatch(r"LBB\d+:", line)}
+    loops = []
+    for i, line in enumerate(lines):
+        branch = re.search(r"\bBRA (LBB\d+)", line)
+        if branch and labels.get(branch[1], i) < i:
+            loops.append([text.split("\t")[1] for text in lines[labels[branch[1]] : i + 1] if "\t" in text])
+    body = max(loops, key=lambda loop: sum(text.startswith("LDG") for text in loop))
+    kinds = Counter(re.sub(r"^@!?U?P\w+ ", "", text).split()[0].rstrip(";") for text in body)
+    return dict(
+        instructions=sum(count for kind, count in kinds.items() if kind != "NOP") / columns,
+        exponentials=kinds["MUFU.EX2"] / columns,
+        loads=sorted(kind for kind in kinds if kind.startswith("LDG")),
+        stores=sorted(kind for kind in kinds if kind.startswith("STG")),
+        barriers=sum(kinds[kind] for kind in kinds if kind.startswith(("BAR", "SHFL"))),
+        kinds=dict(kinds.most_common()),
+    )
+
+
+def _nvidia_resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return dict(registers=numbers["REG"], spills=numbers["STACK"] + numbers["LOCAL"])
+
+
+def _amd_resources(assembly: str) -> dict[str, int]:
+    def read(key):
+        return int(re.search(rf"\.{key}:\s*(\d+)", assembly)[1])
+
+    spills = read("vgpr_spill_count") + read("sgpr_spill_count") + read("private_segment_fixed_size")
+    return dict(registers=read("vgpr_count"), spills=spills)
+
+
+def _tiling(columns, vector, target):
+    lanes = triton_rows.NUM_WARPS * target.warp_size
+    tiling = triton_rows.choose_tiling(8192, columns, vector, 132)._replace(lanes=lanes)
+    return tiling, dict(VECTOR=tiling.vector, LANES=lanes, STEPS=tiling.steps), triton_rows.NUM_WARPS
+
+
+def _stats_arguments(extras: bool) -> dict[str, Any]:
+    stats = RowStats(*["*fp32"] * 4, *["*fp32" if extras else ABSENT] * 2)  # type: ignore[arg-type]
+    strides = dict(logits_strides=STRIDES, labels_strides=STRIDES)
+    return dict(labels="*i64", stats=stats, inner="fp32", outer="fp32", **strides, **INTEGERS)
+
+
+def _name(kernel: str, dtype: str, shape: dict[str, int], **flags: bool) -> str:
+    return " ".join([kernel, dtype, "x".join(map(str, shape.values())), *(flag for flag, on in flags.items() if on)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS))
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    found = [facts(build, name) for name in arguments.target for build in row_builds(TARGETS[name])]
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    for fact in found:
+        loop = ""
+        if "instructions" in fact:
+            loop = f"{fact['instructions']:6.2f} instructions, {fact['exponentials']:.2f} exp2 a column; "
+            loop += " ".join(fact["loads"] + fact["stores"])
+        print(
+            f"{fact['target']:7} {fact['name']:45} {fact['registers']:4} registers {fact['spills']:3} B spilled "
+            f"{fact['shared']:6} B shared {loop}"
+        )
+
+
+if __name__ == "__main__":
+    main()
