@@ -1,0 +1,233 @@
+"""Head level: log-probabilities from hidden states and the LM head's weight, as a differentiable torch operator."""
+
+import torch
+from torch import Tensor
+
+from . import head_tiles
+from .head_tiles import Head, Saved
+from .kernels.contract import TokenOptions
+from .logprobs import check_label_range
+from .plan import memory_plan, parse_budget
+
+_OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_index, bool shift"
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
+_SAVED = [f"Tensor {name}" for name in Saved._fields]
+_lib = torch.library.Library("rpo_kernels", "FRAGMENT")
+_lib.define(
+    f"linear_token_logprobs({_HEAD}, {_OPTIONS}, bool needs_hidden, bool needs_weight, int? memory_budget, "
+    f"float? gradient_filter, str? backend) -> (Tensor logps, Tensor dropped, {', '.join(_SAVED)})"
+)
+_lib.define(
+    f"linear_token_logprobs_grad({_HEAD}, Tensor grad_logps, {', '.join(_SAVED)}, {_OPTIONS}, bool needs_hidden, "
+    "bool needs_weight, bool needs_bias, str? backend) -> (Tensor hidden, Tensor weight, Tensor bias)"
+)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    shift: bool = False,
+    memory_budget: int | str | None = None,
+    gradient_filter: float | None = None,
+    return_dropped: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logprobs(hidden @ weight.T + bias, labels, ...)` without ever holding the logits.
+
+    Positions that are not scored cost nothing. Half-precision operands are multiplied into float32 logits where the
+    device can, and gradients are summed in float32 and rounded once. Under autocast, operands are cast as a linear
+    layer's are.
+
+    Args:
+        hidden: `[..., H]`, float32, bfloat16, float16 or float64.
+        weight: `[V, H]` of the same dtype, the LM head or the tied embedding.
+        labels: `[...]` integers in `[0, V)`, or `ignore_index` for positions that are not scored.
+        bias: `[V]` of the same dtype.
+        temperature, softcap, logit_scale, ignore_index, shift, backend: as in `token_logprobs`.
+        memory_budget: what forward and backward may use beyond inputs, result and gradients: bytes, `"512MB"`, or None
+            for a quarter of the device's free memory. See `memory_plan`: less memory costs up to one more head GEMM.
+            Which parts are kept decides over the last bits of the weight's gradient; a budget given makes them
+            reproducible whatever else is in memory.
+        gradient_filter: leave columns of the vocabulary out of the gradients of a chunk of rows if
+            `|dlogp / dlogit|` is at most this in all its rows, for example `2**-16`; None is exact. Values are exact
+            either way. On an accelerator the host then waits for every tile.
+        return_dropped: also return how much the filter left out.
+
+    Returns:
+        Natural log-probabilities of the labels' shape, float32 (float64 for float64 inputs); 0 where not scored.
+        Differentiable once in hidden, weight and bias. With `return_dropped`, a pair: beside them, for each position
+        the sum of `|dlogp / dlogit|` over the columns left out (the softmax's mass on them, without a transform), so
+        that the error in the position's hidden gradient is at most this, times its `|dL/dlogp|`, times the largest
+        norm of a row of the weight.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices, options or a budget that do not fit. Labels out of range as in
+            `token_logprobs`.
+    """
+    options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
+    options.check()
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check(hidden, weight, bias, labels)
+    if gradient_filter is not None and not gradient_filter >= 0:
+        raise ValueError(f"gradient_filter must be a number of at least 0, or None; got {gradient_filter!r}")
+    budget = None if memory_budget is None else parse_budget(memory_budget, hidden.device)
+    grad = torch.is_grad_enabled()
+    needs_weight = weight.requires_grad or (bias is not None and bias.requires_grad)
+    logps, dropped, *_ = torch.ops.rpo_kernels.linear_token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        labels.reshape(-1, labels.shape[-1]),
+        *options,
+        grad and hidden.requires_grad,
+        grad and needs_weight,
+        budget,
+        gradient_filter,
+        backend,
+    )
+    logps = logps.reshape(labels.shape)
+    return (logps, dropped.reshape(labels.shape)) if return_dropped else logps
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast as autocast casts the operands of a linear layer."""
+    return [
+        x.to(torch.get_autocast_dtype(x.device.type))
+        if x is not None and x.is_floating_point() and x.dtype != torch.float64
+        else x
+        for x in tensors
+    ]
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
+    if weight.ndim != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight must be [V, H] with V of at least one; got shape {list(weight.shape)}")
+    if hidden.ndim < 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden must be [..., {weight.shape[1]}] as weight is; got shape {list(hidden.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}] as weight is; got shape {list(bias.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must have the shape of hidden without its last dimension, {list(hidden.shape[:-1])}; "
+            f"got {list(labels.shape)}"
+        )
+    for name, other in (("weight", weight), ("bias", bias), ("labels", labels)):
+        if other is not None and other.device != hidden.device:
+            raise ValueError(f"{name} must be on the hidden states' device {hidden.device}; got {other.device}")
+        if other is not None and name != "labels" and other.dtype != hidden.dtype:
+            raise ValueError(f"{name} must have the hidden states' dtype {hidden.dtype}; got {other.dtype}")
+
+
+def _forward(
+    hidden, weight, bias, labels, scale, softcap, temperature, ignore_index, shift,
+    needs_hidden, needs_weight, budget, gradient_filter, backend,
+):  # fmt: skip
+    vocab, width = weight.shape
+    check_label_range(labels, vocab, ignore_index)
+    options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
+    rows = head_tiles.find_rows(labels, vocab, options)
+    head = Head(hidden, weight, bias, options, backend)
+    plan = memory_plan(
+        len(rows.positions),
+        width,
+        vocab,
+        hidden.dtype,
+        needs_hidden=needs_hidden,
+        needs_weight=needs_weight,
+        positions=labels.numel(),
+        memory_budget=budget,
+        gradient_filter=gradient_filter,
+        device=hidden.device,
+        backend=head.backend_name,
+    )
+    values, mass, saved = head_tiles.forward(head, rows, plan, needs_hidden, gradient_filter)
+    results = []
+    for scored in (values, mass):
+        result = scored.new_zeros(labels.numel())
+        results.append(result.index_copy_(0, rows.positions, scored).view(labels.shape))
+    return *results, *saved
+
+
+def _grad(
+    hidden, weight, bias, labels, grad_logps, positions, stats, log_scale, unit, kept, columns, schedule,
+    scale, softcap, temperature, ignore_index, shift, needs_hidden, needs_weight, needs_bias, backend,
+):  # fmt: skip
+    head = Head(hidden, weight, bias, TokenOptions(scale, softcap, temperature, ignore_index, shift), backend)
+    saved = Saved(positions, stats, log_scale, unit, kept, columns, schedule)
+    grad_hidden, grad_weight, grad_bias = (hidden.new_empty(0) for _ in range(3))
+    if needs_hidden:
+        grad_hidden = head_tiles.backward_hidden(head, saved, grad_logps)
+    if needs_weight or needs_bias:
+        grad_weight, grad_bias = head_tiles.backward_weight(head, saved, labels, grad_logps, needs_weight, needs_bias)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _fake_forward(hidden, weight, bias, labels, *options):
+    needs_hidden = options[5]
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    size = torch.library.get_ctx().new_dynamic_size
+    rows = size()
+    return (
+        labels.new_empty(labels.shape, dtype=exact),
+        labels.new_empty(labels.shape, dtype=exact),
+        *Saved(
+            positions=labels.new_empty(rows, dtype=torch.int64),
+            stats=hidden.new_empty(4, rows, dtype=exact),
+            log_scale=hidden.new_empty(size(), rows, dtype=exact),
+            unit=hidden.new_empty(rows if needs_hidden else 0, hidden.shape[1]),
+            kept=hidden.new_empty(size()),
+            columns=hidden.new_empty(size(), dtype=torch.int32),
+            schedule=hidden.new_empty(size(), dtype=torch.int64, device="cpu"),
+        ),
+    )
+
+
+def _fake_grad(hidden, weight, bias, labels, grad_logps, *rest):
+    *_, needs_hidden, needs_weight, needs_bias, _ = rest
+    return (
+        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if needs_weight else weight.new_empty(0),
+        weight.new_empty(weight.shape[:1]) if needs_bias else weight.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, labels, *constants = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(hidden, weight, bias, labels, *output[2:])
+    *ctx.options, _, _, _, _, ctx.backend = constants
+
+
+def _backward(ctx, grad_logps, *_):
+    hidden, weight, bias, labels, *saved = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    gradients = torch.ops.rpo_kernels.linear_token_logprobs_grad(
+        hidden, weight, bias, labels, grad_logps, *saved, *ctx.options, *needs, ctx.backend
+    )
+    return *(gradient if need else None for gradient, need in zip(gradients, needs)), *[None] * 11
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError("rpo_kernels operators are differentiable once; their gradient has no gradient of its own")
+
+
+for _name, _kernel, _fake in (
+    ("linear_token_logprobs", _forward, _fake_forward),
+    ("linear_token_logprobs_grad", _grad, _fake_grad),
+):
+    _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rpo_kernels::{_name}", _fake, lib=_lib)
+torch.library.register_autograd("rpo_kernels::linear_token_logprobs", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd("rpo_kernels::linear_token_logprobs_grad", _no_second_derivative, lib=_lib)
