@@ -1,9 +1,11 @@
 """Fused kernels for Reward-aware Preference Optimization: from logits, or hidden states and LM head, to the loss."""
 
+from .head import linear_token_logprobs
 from .kernels.dispatch import backend_info
 from .logprobs import token_logprobs
-from .losses import RPOOutput, rpo_loss
+from .losses import RPOOutput, linear_rpo_loss, rpo_loss
 from .objectives import CDPO, DPO, IPO, RPO, DistilledDPO, SimPO
+from .plan import MemoryPlan, memory_plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,9 +14,13 @@ __all__ = [
     "IPO",
     "RPO",
     "DistilledDPO",
+    "MemoryPlan",
     "RPOOutput",
     "SimPO",
     "backend_info",
+    "linear_rpo_loss",
+    "linear_token_logprobs",
+    "memory_plan",
     "rpo_loss",
     "token_logprobs",
 ]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .head import linear_token_logprobs
 from .kernels import dispatch
 from .logprobs import token_logprobs
 from .objectives import RPO, Objective, agreement
@@ -25,6 +26,7 @@ class RPOOutput(NamedTuple):
     implicit_rewards: Tensor  # [B] beta * log-ratio
     accuracy: Tensor  # scalar: share of response pairs with unequal rewards ranked alike, a tie counts 1/2
     margin: Tensor  # scalar: mean over groups of implicit reward of the best minus the worst response
+    dropped: Tensor | None = None  # labels' shape: what a gradient filter left out, see `linear_token_logprobs`
 
 
 def rpo_loss(
@@ -91,6 +93,79 @@ def rpo_loss(
         with torch.no_grad():
             ref_logps = token_logprobs(ref_logits, batch.labels, **options)
     return batch.loss(logps, ref_logps, backend)
+
+
+def linear_rpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    objective: Objective = RPO(),
+    num_responses: int = 2,
+    layout: Layout = "grouped",
+    group_ids: Sequence[int] | Tensor | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    shift: bool = False,
+    memory_budget: int | str | None = None,
+    gradient_filter: float | None = None,
+    backend: str | None = None,
+) -> RPOOutput:
+    """`rpo_loss` from hidden states and the LM head, without ever holding the logits.
+
+    Args:
+        hidden: `[B, T, H]` for B padded responses, or `[total, H]` packed.
+        weight: `[V, H]`, the LM head or the tied embedding.
+        bias: `[V]`.
+        ref_hidden: the reference's hidden states, of any width; no gradient flows to them.
+        ref_weight, ref_bias: the reference's head; default: `weight` and `bias`.
+        memory_budget, gradient_filter: as in `linear_token_logprobs`.
+        labels, rewards, ref_logps, objective, num_responses, layout, group_ids, token_weights, cu_seqlens: as in
+            `rpo_loss`.
+        temperature, softcap, logit_scale, ignore_index, shift, backend: as in `token_logprobs`.
+
+    Returns:
+        `RPOOutput`; its `dropped` is given with a gradient filter.
+
+    Raises:
+        ValueError: as `rpo_loss` and `linear_token_logprobs`.
+    """
+    options: dict[str, Any] = dict(
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        shift=shift,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+    batch = PreferenceBatch.check(
+        labels, rewards, objective, num_responses, layout, group_ids, token_weights, cu_seqlens, ignore_index, shift
+    )
+    logps, dropped = linear_token_logprobs(
+        hidden, weight, batch.labels, bias=bias, gradient_filter=gradient_filter, return_dropped=True, **options
+    )
+    if ref_hidden is not None:
+        if ref_logps is not None:
+            raise ValueError("give ref_logps or ref_hidden, not both")
+        if ref_weight is None:
+            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+        with torch.no_grad():
+            ref_logps = linear_token_logprobs(ref_hidden, ref_weight, batch.labels, bias=ref_bias, **options)
+    elif ref_weight is not None or ref_bias is not None:
+        raise ValueError("ref_weight and ref_bias go with ref_hidden, which was not given")
+    output = batch.loss(logps, ref_logps, backend)
+    return output if gradient_filter is None else output._replace(dropped=dropped)
 
 
 class PreferenceBatch(NamedTuple):
