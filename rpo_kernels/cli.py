@@ -1,0 +1,53 @@
+"""The command line: `rpo-kernels <command> ...`. A command's module is imported when the command is asked for."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """Where a command lives: `module` has `main(argv) -> exit status` and needs the package's `extra`, if any."""
+
+    module: str
+    extra: str | None
+    summary: str
+
+
+COMMANDS = {
+    "train": Command(
+        "rpo_kernels.train.run", "train", "train a model on preference data (no arguments: a demonstration)"
+    ),
+    "info": Command("rpo_kernels.info", None, "show the version and which backends are live"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"rpo-kernels: unknown command {name!r}\n\n{_help()}", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    try:
+        module = importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        if command.extra is None or (error.name or "").startswith("rpo_kernels"):
+            raise
+        install = f'pip install "rpo-kernels[{command.extra}]"'
+        print(f"rpo-kernels {name} needs the package {error.name!r}: {install}", file=sys.stderr)
+        return 1
+    return module.main(rest)
+
+
+def _help() -> str:
+    lines = [f"  {name:<8} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: rpo-kernels <command> [--help] ...", "", "commands:", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

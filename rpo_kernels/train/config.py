@@ -1,0 +1,194 @@
+"""Settings of `rpo-kernels train`: flags, a YAML file, or both."""
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..objectives import CDPO, DPO, IPO, RPO, DistilledDPO, Objective, SimPO
+
+OBJECTIVES: dict[str, Callable[..., RPO]] = {
+    "rpo": RPO,
+    "dpo": DPO,
+    "cdpo": CDPO,
+    "ipo": IPO,
+    "simpo": SimPO,
+    "distilled_dpo": DistilledDPO,
+}
+USAGE = "rpo-kernels train [config.yaml] [--flag value ...]"
+DESCRIPTION = """Train a causal language model on preference data. Without --model and --train-data: the embedded
+demonstration. Every flag may also be a line of the YAML file (flags win), and be spelt with dashes or underscores."""
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, in which precision, and what of it is trained."""
+
+    _argument_group_name = "model"
+    model: str | None = _setting(None, "Model to train: a directory, a hub id or a .gguf file.")
+    ref_model: str | None = _setting(None, "Reference model; by default the model itself as it is before training.")
+    dtype: Literal["float32", "bfloat16", "float16"] = _setting(
+        "float32", "Type of the weights. For mixed precision keep float32 and give --bf16."
+    )
+    lora_rank: int = _setting(0, "Rank of a LoRA adapter to train instead of all weights; 0: none.")
+    lora_alpha: float | None = _setting(None, "LoRA's scale; by default twice the rank.")
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the modules that LoRA adapts."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which data, and how long."""
+
+    _argument_group_name = "data"
+    train_data: str | None = _setting(None, "Training data: a JSONL file or a directory written by datasets.")
+    eval_data: str | None = _setting(None, "Held-out data, for evaluation before, during and after training.")
+    max_length: int = _setting(1024, "Tokens of prompt and response together, at most; what is over is cut.")
+    max_train_groups: int | None = _setting(None, "Use only the first groups of the training data.")
+    max_eval_groups: int | None = _setting(None, "Use only the first groups of the held-out data.")
+
+
+@dataclass
+class ObjectiveArguments:
+    """Which objective; a parameter left out has the objective's own default."""
+
+    _argument_group_name = "objective"
+    objective: Literal["rpo", "dpo", "cdpo", "ipo", "simpo", "distilled_dpo"] = _setting(
+        "rpo", "Name of the objective."
+    )
+    distance: Literal["bwd_kl", "fwd_kl", "sq"] | None = _setting(None, "rpo: distance between rewards and targets.")
+    beta: float | None = _setting(None, "Implicit reward per unit of log-ratio.")
+    eta: float | None = _setting(None, "rpo, distilled_dpo: target per unit of reward.")
+    length_normalize: bool | None = _setting(None, "rpo: divide log-ratios by the response's length.")
+    reference_free: bool | None = _setting(None, "rpo: use the policy's log-probability alone.")
+    target_margin: float | None = _setting(None, "rpo: a fixed target for the best response, whatever the rewards.")
+    margin: float | None = _setting(None, "rpo: lead of the best response before it counts.")
+    epsilon: float | None = _setting(None, "cdpo: probability that a label is wrong.")
+    gamma: float | None = _setting(None, "simpo: target margin.")
+
+    def build(self) -> Objective:
+        """The objective.
+
+        Raises:
+            ValueError: for a parameter that the objective does not have, or out of range.
+        """
+        make = OBJECTIVES[self.objective]
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objective"}
+        given = {name: value for name, value in given.items() if value is not None}
+        takes = list(inspect.signature(make).parameters)
+        if unknown := sorted(set(given) - set(takes)):
+            raise ValueError(f"objective {self.objective!r} takes {takes}, not {unknown}")
+        return make(**given)
+
+
+@dataclass
+class RunArguments:
+    """What surrounds the training."""
+
+    _argument_group_name = "run"
+    resume: bool = _setting(False, "Continue from the last checkpoint in --output-dir, or start if there is none.")
+    plot: bool = _setting(False, "Write the curves to curves.png in --output-dir.")
+    cache_dir: str | None = _setting(
+        None, "Where the reference's log-probabilities are kept (default: ~/.cache/rpo_kernels/reference)."
+    )
+
+
+@dataclass
+class RPOArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with defaults that fit; batch sizes count groups."""
+
+    _argument_group_name = "training (transformers.TrainingArguments; batch sizes count groups)"
+    output_dir: str | None = _setting("rpo-output", "Where the model, checkpoints, metrics and plot are written.")
+    per_device_train_batch_size: int = _setting(2, "Groups per device and micro-batch.")
+    per_device_eval_batch_size: int = _setting(4, "Groups per device and batch of evaluation.")
+    learning_rate: float = _setting(1e-6, "Initial learning rate. LoRA wants about 1e-4.")
+    num_train_epochs: float = _setting(1.0, "Passes over the training data.")
+    logging_steps: float = _setting(1, "Steps between two logs.")
+    remove_unused_columns: bool = _setting(False, "Must be False: the loss needs columns the model does not.")
+
+
+class Settings(NamedTuple):
+    """All settings of a run."""
+
+    model: ModelArguments
+    data: DataArguments
+    objective: ObjectiveArguments
+    run: RunArguments
+    training: RPOArguments
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser that takes a YAML file first, and refuses unknown settings."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            list(Settings.__annotations__.values()), usage=USAGE, description=DESCRIPTION, allow_abbrev=False
+        )
+
+    def settings(self, argv: Sequence[str]) -> Settings:
+        """Parse; on a mistake, print what it is and exit with status 2."""
+        *parsed, unknown = self.parse_args_into_dataclasses(
+            [*argv], return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            self.error(f"unknown arguments: {' '.join(unknown)}")
+        return Settings(*parsed)
+
+    def expand(self, argv: Sequence[str]) -> list[str]:
+        """Replace a leading YAML file by its settings, as flags."""
+        if not argv or argv[0].startswith("-"):
+            return [*argv]
+        path = Path(argv[0])
+        if path.suffix not in (".yaml", ".yml"):
+            self.error(f"expected a .yaml file or a --flag first, got {argv[0]!r}")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            self.error(f"cannot read {path}: {error}")
+        if not isinstance(content, dict):
+            self.error(f"{path}: expected 'name: value' lines, got {type(content).__name__}")
+        return [word for name, value in content.items() for word in _flag(name, value)] + list(argv[1:])
+
+    def error(self, message: str) -> NoReturn:
+        """One line and a hint; the usage of 150 flags would hide it."""
+        self.exit(2, f"rpo-kernels train: error: {message}\n(rpo-kernels train --help lists all settings)\n")
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+
+
+def parse(argv: Sequence[str], demonstration: Sequence[str]) -> tuple[Settings, bool]:
+    """Settings from the command line, and whether they are those of the demonstration.
+
+    Args:
+        argv: what follows `rpo-kernels train`.
+        demonstration: flags that come first where neither a model nor training data is given.
+    """
+    parser = Parser()
+    argv = parser.expand(argv)
+    settings = parser.settings(argv)
+    given = [settings.model.model is not None, settings.data.train_data is not None]
+    if any(given) and not all(given):
+        parser.error("give both --model and --train-data, or neither for the demonstration")
+    demo = not any(given)
+    if demo:
+        settings = parser.settings([*demonstration, *argv])
+    try:
+        settings.objective.build()
+    except ValueError as error:
+        parser.error(str(error))
+    return settings, demo

@@ -1,0 +1,74 @@
+"""What a run reports of its batches: collected per group, so that sums over batches and processes are exact."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .. import RPOOutput
+from ..objectives import agreement
+from .dataset import IGNORE_INDEX
+
+
+class GroupTable(NamedTuple):
+    """Figures of G groups with at most K responses; an entry is a response's where `present` is 1."""
+
+    losses: Tensor  # [G]
+    implicit_rewards: Tensor  # [G, K]
+    rewards: Tensor  # [G, K]
+    logps: Tensor  # [G, K]
+    scored_tokens: Tensor  # [G, K]
+    present: Tensor  # [G, K]
+    dropped_tokens: Tensor  # [G]
+
+    @classmethod
+    def of(cls, output: RPOOutput, batch: dict) -> "GroupTable":
+        """Table of one batch of `GroupCollator` and its loss."""
+        sizes = batch["group_sizes"]
+
+        def by_group(values: Tensor) -> Tensor:
+            return pad_sequence(values.detach().split(sizes), batch_first=True)
+
+        scored = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(-1)
+        dropped = torch.tensor(batch["dropped_tokens"], device=scored.device)
+        return cls(
+            output.group_losses.detach(),
+            by_group(output.implicit_rewards),
+            by_group(batch["rewards"]),
+            by_group(output.logps),
+            by_group(scored),
+            by_group(torch.ones_like(scored)),
+            dropped,
+        )
+
+    @classmethod
+    def join(cls, tables: Sequence["GroupTable"]) -> "GroupTable":
+        """The groups of several tables in one, on the CPU."""
+        width = max(table.present.shape[1] for table in tables)
+
+        def joined(columns: tuple[Tensor, ...]) -> Tensor:
+            if columns[0].ndim == 1:
+                return torch.cat([c.cpu() for c in columns])
+            return torch.cat([torch.nn.functional.pad(c.cpu(), (0, width - c.shape[1])) for c in columns])
+
+        return cls(*(joined(columns) for columns in zip(*tables, strict=True)))
+
+    def summary(self) -> dict[str, float]:
+        """Loss, reward accuracy and margin (see `objectives.agreement`), mean log-probability of the best and of the
+        worst response by reward (in nats, over the whole response), tokens scored and cut off.
+        """
+        present = self.present == 1
+        accuracy, margin = agreement(self.implicit_rewards, self.rewards, present)
+        best = self.rewards.masked_fill(~present, -torch.inf).argmax(-1, keepdim=True)
+        worst = self.rewards.masked_fill(~present, torch.inf).argmin(-1, keepdim=True)
+        return {
+            "loss": self.losses.mean().item(),
+            "accuracy": accuracy.item(),
+            "margin": margin.item(),
+            "logp_best": self.logps.gather(-1, best).mean().item(),
+            "logp_worst": self.logps.gather(-1, worst).mean().item(),
+            "scored_tokens": int(self.scored_tokens[present].sum()),
+            "dropped_tokens": int(self.dropped_tokens.sum()),
+        }

@@ -1,0 +1,169 @@
+"""Log-probabilities of the reference model: computed once, before training, and cached on disk.
+
+The cache is a file for each reference model and precision, with a line for each group of responses, found by its
+tokens; so changed data or lengths cost only what is new, and an interrupted run continues where it stopped.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+
+from ..kernels import dispatch
+from .dataset import Example, GroupCollator, PreferenceDataset
+from .loss_layer import response_logps
+from .models import base_model
+
+LogpsByKey = dict[str, list[float]]
+VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "use_cache")
+
+
+def default_cache_dir() -> Path:
+    """Where reference log-probabilities are kept unless told otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rpo_kernels" / "reference"
+
+
+def attach_reference_logps(
+    datasets: Iterable[PreferenceDataset],
+    model: nn.Module,
+    args: TrainingArguments,
+    pad_token_id: int = 0,
+    cache_dir: str | Path | None = None,
+) -> int:
+    """Give every example of the datasets its `ref_logps` under `model`, whose adapter (PEFT), if any, is switched off.
+
+    Call it before training where the policy is its own reference. With several processes each computes its share.
+
+    Args:
+        datasets: changed in place.
+        model: the reference; moved to `args.device`.
+        args: device, mixed precision, `per_device_eval_batch_size` and processes.
+        pad_token_id: pads the batches.
+        cache_dir: default `default_cache_dir()`.
+
+    Returns:
+        How many groups had to be computed, over all processes; the others were in the cache.
+    """
+    datasets = list(datasets)
+    model.to(args.device)
+    path = Path(cache_dir or default_cache_dir()) / f"{_model_key(model, args)}.jsonl"
+    known = _read(path)
+    computed = 0
+    for dataset in datasets:
+        todo = list({e.key: e for e in dataset.examples if e.key not in known}.values())
+        computed += len(todo)
+        share = todo[args.process_index :: args.world_size]
+        _exchange(known, _compute(share, model, args, pad_token_id, path), args.world_size)
+        for example in dataset.examples:
+            example.ref_logps = known[example.key]
+    return computed
+
+
+def _compute(
+    examples: list[Example], model: nn.Module, args: TrainingArguments, pad_token_id: int, path: Path
+) -> LogpsByKey:
+    """Log-probabilities of the examples, each written to the cache as soon as it is known."""
+    computed: LogpsByKey = {}
+    if not examples:
+        return computed
+    loader: DataLoader = DataLoader(
+        examples,  # type: ignore[arg-type]
+        args.per_device_eval_batch_size,
+        collate_fn=_Keyed(GroupCollator(pad_token_id)),
+    )
+    quiet = args.disable_tqdm or args.process_index != 0
+    training = model.training
+    model.eval()
+    with _adapter_off(model), _autocast(args), _open_to_append(path) as file:
+        for keys, batch in tqdm(loader, desc="Reference log-probabilities", unit=" batches", disable=quiet):
+            batch = {k: v.to(args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            logps = response_logps(model, batch).cpu().split(batch["group_sizes"])
+            for key, values in zip(keys, logps, strict=True):
+                computed[key] = values.tolist()
+                # One write a line, so that processes may share the file.
+                os.write(file, (json.dumps({"key": key, "logps": computed[key]}) + "\n").encode())
+    model.train(training)
+    return computed
+
+
+class _Keyed:
+    """Collates, and passes the examples' keys along."""
+
+    def __init__(self, collator: GroupCollator):
+        self.collator = collator
+
+    def __call__(self, examples: list[Example]) -> tuple[list[str], dict]:
+        return [example.key for example in examples], self.collator(examples)
+
+
+def _read(path: Path) -> LogpsByKey:
+    known: LogpsByKey = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            # A line that an interruption cut short is computed again.
+            with contextlib.suppress(json.JSONDecodeError):
+                entry = json.loads(line)
+                known[entry["key"]] = entry["logps"]
+    return known
+
+
+@contextlib.contextmanager
+def _open_to_append(path: Path) -> Iterator[int]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        if torn:
+            os.write(file, b"\n")
+        yield file
+    finally:
+        os.close(file)
+
+
+def _exchange(known: LogpsByKey, computed: LogpsByKey, world_size: int) -> None:
+    """Add to `known` what all processes have computed."""
+    shares = [computed]
+    if world_size > 1:
+        shares = [{}] * world_size
+        torch.distributed.all_gather_object(shares, computed)
+    for share in shares:
+        known.update(share)
+
+
+def _adapter_off(model: nn.Module) -> contextlib.AbstractContextManager:
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()  # type: ignore[operator]
+
+
+def _autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
+    """The mixed precision that training runs in, so that policy and reference round alike."""
+    if not (args.bf16 or args.fp16):
+        return contextlib.nullcontext()
+    return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
+
+
+def _model_key(model: nn.Module, args: TrainingArguments) -> str:
+    """Digest of the model's configuration and weights, its adapter's excepted, and of what it is computed in."""
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "none"
+    backend = dispatch.choose(torch.empty(0, device=args.device), None)
+    digest = hashlib.sha256(f"{args.device.type} {precision} {torch.__version__} {backend}".encode())
+    base = base_model(model)
+    config = {k: v for k, v in base.config.to_dict().items() if k not in VOLATILE_CONFIG}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    adapter = getattr(getattr(model, "base_model", None), "prefix", None)
+    seen = set()
+    for name, tensor in base.state_dict().items():
+        # Tied weights count once; PEFT renames what it wraps.
+        if (adapter is not None and adapter in name) or tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        digest.update(f"{name.replace('.base_layer.', '.')} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
