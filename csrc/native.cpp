@@ -63,6 +63,8 @@ struct Grad {
   int64_t grad_logps_stride[2];
   void* out;
   int64_t out_stride[2];
+  DType out_dtype;
+  Active active;
 };
 
 // `parallel(f, arg, threads, 0)` calls f(arg) on each thread of torch's own OpenMP pool; null if torch has none.
@@ -214,6 +216,7 @@ void finish(const Logits& l, const Position& p, const Partial* partials, bool co
     }
     row = combine(l, p, partials, running);
     logp = row.label_logit - row.max - std::log(row.sumexp);
+    if (logp > 0) logp = 0;  // by rounding alone
   }
   out.logp[i] = float(logp);
   out.max[i] = float(row.max);
@@ -234,6 +237,9 @@ GradRow grad_row(const Logits& l, const Position& p, const Segment& s, const Gra
   GradRow row{};
   row.reference = quiet(g.max[i]);
   row.factor = float(quiet(-outer * transform_slope(l.options, 0) / g.sumexp[i]));
+  row.out_dtype = g.out_dtype;
+  row.active = g.active;
+  if (row.active.mask) row.active.mask += s.first;
   row.label_column = column >= 0 && column < s.columns ? column : -1;
   if (row.label_column >= 0) {
     const double slope = transform_slope(l.options, element(p.row, l.dtype, s.first + column));
@@ -304,20 +310,21 @@ RPO_API int rpo_row_stats(const Level* level, const Workers* workers, const Logi
 RPO_API void rpo_row_grad(const Level* level, const Workers* workers, const Logits* logits, const Grad* grad) {
   const Logits& l = *logits;
   const Grad& g = *grad;
-  const int64_t size = element_size(l.dtype), rows = l.batch * l.time;
-  const bool stream = g.out != l.data && rows * l.columns * size > kStreamBytes;
+  const int64_t size = element_size(l.dtype), out_size = element_size(g.out_dtype), rows = l.batch * l.time;
+  const bool stream = g.out != l.data && !g.active.mask && rows * l.columns * out_size > kStreamBytes;
   for_each(*workers, rows * segments_of(l), [&](int64_t item) {
     const Segment s(l, item);
     const int64_t b = s.position / l.time, t = s.position % l.time;
-    char* out = static_cast<char*>(g.out) + (b * g.out_stride[0] + t * g.out_stride[1] + s.first) * size;
+    char* out = static_cast<char*>(g.out) + (b * g.out_stride[0] + t * g.out_stride[1] + s.first) * out_size;
     const Position p(l, b, t + l.shift);
     if (!p.is_scored) {
-      std::memset(out, 0, size_t(s.columns * size));
+      std::memset(out, 0, size_t(s.columns * out_size));
       return;
     }
     GradRow row = grad_row(l, p, s, g);
     row.stream = stream;
-    level->grad(l.options, l.dtype, p.row + s.first * size, out, s.columns, row);
+    row.out = out;
+    level->grad(l.options, l.dtype, p.row + s.first * size, s.columns, row);
   });
 }
 

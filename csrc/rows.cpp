@@ -4,9 +4,10 @@
 // against a reference near the maximum of the columns so far, its sums folded into double.
 
 #include "rows.h"
-#include "simd.h"
 
 #include <cstddef>
+
+#include "simd.h"
 
 namespace {
 
@@ -16,123 +17,69 @@ using rpo::Partial;
 using rpo::TokenTransform;
 
 constexpr double kLn2 = 0.693147180559945309, kLog2e = 1.44269504088896341;
-constexpr int64_t kBlock = 4096;    // columns whose sums are kept in float
-constexpr int64_t kGlance = 256;    // columns looked at for a first reference
-constexpr double kMargin = 8.0;     // how far a block's maximum may pass the reference: the error of a term is |z - reference| ulps
-constexpr int kPrefetch = 1024;     // bytes ahead
-constexpr int kStep = 2 * kLanes;   // columns a loop step takes
 constexpr float kInfinity = __builtin_inff();
+constexpr float kFloatMax = 3.40282347e38f;
+constexpr int64_t kBlock = 8192;   // columns whose sums are kept in float
+constexpr int64_t kGlance = 256;   // columns looked at for a first reference
+constexpr double kMargin = 8.0;    // a maximum further above the reference moves it: a term's error grows with distance
+constexpr int kPrefetch = 4096;    // bytes ahead
+constexpr int kStep = 2 * kLanes;  // columns
 
-inline void prefetch(const void* p) { __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(p) + kPrefetch)); }
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+// ---- kStep columns as float, in the order of the columns or, if `kInterleaved<T>`, all even ones first
 
-// ---- kStep columns as float: the order among the two vectors is the type's own, the same in load and store
+template <class V>
+RPO_INLINE V load(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+RPO_INLINE Floats load_step(const float* x) { return {load<Vector>(x), load<Vector>(x + kLanes)}; }
+RPO_INLINE Floats load_step(const BFloat16* x) { return unpack_bfloat16(load<IntVector>(x)); }
+RPO_INLINE Floats load_step(const Float16* x) { return unpack_float16(load<IntVector>(x)); }
 
 template <class T>
-inline void load_step(const T* x, Floats& a, Floats& b);
+constexpr bool kInterleaved = false;
 template <>
-inline void load_step(const float* x, Floats& a, Floats& b) {
-  a = load<Floats>(x);
-  b = load<Floats>(x + kLanes);
-}
+constexpr bool kInterleaved<BFloat16> = true;
 template <>
-inline void load_step(const BFloat16* x, Floats& a, Floats& b) { unpack_bfloat16(load<Ints>(x), a, b); }
-template <>
-inline void load_step(const Float16* x, Floats& a, Floats& b) { unpack_float16(load<Ints>(x), a, b); }
+constexpr bool kInterleaved<Float16> = kFloat16Interleaved;
 
 template <bool kStream>
-inline void store(void* p, Ints v) {
-  if (kStream) stream(p, v);
-  else __builtin_memcpy(p, &v, sizeof v);
+RPO_INLINE void store(void* p, IntVector v) {
+  if (kStream)
+    stream(p, v);
+  else
+    __builtin_memcpy(p, &v, sizeof v);
 }
 template <bool kStream>
-inline void store_step(float* x, Floats a, Floats b) {
-  store<kStream>(x, bits(a));
-  store<kStream>(x + kLanes, bits(b));
+RPO_INLINE void store_step(float* p, Floats x) {
+  store<kStream>(p, (IntVector)x.a);
+  store<kStream>(p + kLanes, (IntVector)x.b);
 }
 template <bool kStream>
-inline void store_step(BFloat16* x, Floats a, Floats b) { store<kStream>(x, pack_bfloat16(a, b)); }
+RPO_INLINE void store_step(BFloat16* p, Floats x) {
+  store<kStream>(p, pack_bfloat16(x));
+}
 template <bool kStream>
-inline void store_step(Float16* x, Floats a, Floats b) { store<kStream>(x, pack_float16(a, b)); }
+RPO_INLINE void store_step(Float16* p, Floats x) {
+  store<kStream>(p, pack_float16(x));
+}
 
-// ---- transforms: y = (z - reference) * log2(e), accurate near the reference whatever its size
+// From the order of one type to that of another.
+template <class From, class To>
+RPO_INLINE Floats reorder(Floats x) {
+  if (kInterleaved<From> == kInterleaved<To>) return x;
+  return kInterleaved<To> ? interleaved(x) : sequential(x);
+}
 
-struct Scaled {
-  Floats center, slope, rest;
-
-  Scaled(const TokenTransform& options, double reference) {
-    const double scale = options.logit_scale / options.temperature;
-    const float x = float(reference / scale);  // the logit nearest the reference, subtracted before any rounding
-    center = broadcast(x);
-    slope = broadcast(float(scale * kLog2e));
-    rest = broadcast(float((scale * x - reference) * kLog2e));
-  }
-  Floats log2_weight(Floats x) const { return multiply_add(x - center, slope, rest); }
-  Floats gradient(Floats x, Floats factor) const { return exp2(log2_weight(x)) * factor; }
-};
-
-// tanh w for |w| < 0.55 by a polynomial, else as +-(1 - q), q = 1 - tanh|w|; the 1 goes into the constant, so that near
-// the cap it is the small q that is rounded and not the tanh.
-struct SoftCapped {
-  Floats slope, cap, middle, high, low;
-
-  SoftCapped(const TokenTransform& options, double reference) {
-    const double largest = options.softcap / options.temperature;
-    slope = broadcast(float(options.logit_scale / options.softcap));
-    cap = broadcast(float(largest * kLog2e));
-    middle = broadcast(float(-reference * kLog2e));
-    high = broadcast(float((largest - reference) * kLog2e));
-    low = broadcast(float((-largest - reference) * kLog2e));
-  }
-  static Floats complement(Floats w) {
-    const Floats e = exp2(absolute(w) * float(-2 * kLog2e));
-    return (e + e) / (e + 1.0f);
-  }
-  Floats log2_weight(Floats w, Floats q) const {
-    constexpr float c[5] = {-0.3333331805f, 0.1333260169f, -0.05385385802f, 0.02107775856f, -0.006282473521f};
-    const Floats square = w * w;
-    Floats p = broadcast(c[4]);
-    for (int i = 3; i >= 0; --i) p = multiply_add(p, square, broadcast(c[i]));
-    const Ints is_small = absolute(w) < 0.55f, is_positive = w > 0.0f;
-    const Floats value = select(is_small, multiply_add(p * square, w, w), select(is_positive, -q, q));
-    return multiply_add(value, cap, select(is_small, middle, select(is_positive, high, low)));
-  }
-  Floats log2_weight(Floats x) const { return log2_weight(x * slope, complement(x * slope)); }
-  Floats gradient(Floats x, Floats factor) const {
-    const Floats w = x * slope, q = complement(w);
-    return exp2(log2_weight(w, q)) * factor * (q * (2.0f - q));  // 1 - tanh^2
-  }
-};
-
-// ---- statistics
-
-template <bool kExtras>
-struct Sums {
-  Floats top = broadcast(-kInfinity), sumexp{}, weighted{}, total{};
-
-  template <class Transform>
-  inline void add(const Transform& transform, Floats x) {
-    const Floats y = transform.log2_weight(x), weight = exp2(y);
-    top = maximum(x, top);
-    sumexp += weight;
-    if (kExtras) {
-      weighted += weight * maximum(y, broadcast(-1e4f));  // 0 where the weight is, not 0 * inf
-      total += y;
-    }
-  }
-  // Only the lanes of `keep`.
-  template <class Transform>
-  inline void add(const Transform& transform, Floats x, Ints keep) {
-    Sums all;
-    all.add(transform, x);
-    top = maximum(select(keep, x, top), top);
-    sumexp += as_floats(keep & bits(all.sumexp));
-    weighted += as_floats(keep & bits(all.weighted));
-    total += as_floats(keep & bits(all.total));
-  }
-};
+RPO_INLINE void prefetch(const void* p) { __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(p) + kPrefetch)); }
 
 // The last, incomplete step of a run: padded, with the columns that count marked by a positive number.
 template <class T>
@@ -145,12 +92,117 @@ struct Tail {
   }
 };
 
-inline float largest(Floats v) {
+// ---- transforms: y = (z - reference) * log2(e). Each is accurate near its `reference`, whatever that one's size.
+
+inline double finite(double reference) { return reference == -__builtin_inf() ? 0.0 : reference; }
+
+// One multiply-add. Rounding `offset` moves the reference, which therefore is computed from it and not the reverse.
+struct Scaled {
+  Floats slope, offset;
+  double reference;
+
+  Scaled(const TokenTransform& options, double near) {
+    const double scale = options.logit_scale / options.temperature;
+    const float a = float(scale * kLog2e), b = float(-a * near / scale);
+    slope = a;
+    offset = b;
+    reference = -b / double(a) * scale;
+  }
+  RPO_INLINE Floats log2_weight(Floats x) const { return multiply_add(x, slope, offset); }
+  RPO_INLINE Floats gradient(Floats x, Floats factor) const { return exp2(log2_weight(x)) * factor; }
+};
+
+// The same for logits too large for that, and for machines whose multiply-add rounds twice.
+struct Centered {
+  Floats center, slope;
+  double reference;
+
+  Centered(const TokenTransform& options, double near) {
+    const double scale = options.logit_scale / options.temperature;
+    const float x = float(near / scale);
+    center = x;
+    slope = float(scale * kLog2e);
+    reference = x * scale;
+  }
+  RPO_INLINE Floats log2_weight(Floats x) const { return (x - center) * slope; }
+  RPO_INLINE Floats gradient(Floats x, Floats factor) const { return exp2(log2_weight(x)) * factor; }
+};
+
+// tanh w for |w| < 0.55 by a polynomial, else as +-(1 - q), q = 1 - tanh|w|; the 1 goes into the constant, so that near
+// the cap it is the small q that is rounded and not the tanh.
+struct SoftCapped {
+  Floats slope, cap, middle, high, low;
+  double reference;
+
+  SoftCapped(const TokenTransform& options, double near) {
+    const double largest = options.softcap / options.temperature;
+    slope = float(options.logit_scale / options.softcap);
+    cap = float(largest * kLog2e);
+    middle = float(-near * kLog2e);
+    high = float((largest - near) * kLog2e);
+    low = float((-largest - near) * kLog2e);
+    reference = near;
+  }
+  RPO_INLINE static Floats complement(Floats w) {
+    const Floats e = exp2(absolute(w) * float(-2 * kLog2e));
+    return (e + e) / (e + 1.0f);
+  }
+  RPO_INLINE Floats log2_weight(Floats w, Floats q) const {
+    constexpr float c[] = {-0.3333331805f, 0.1333260169f, -0.05385385802f, 0.02107775856f, -0.006282473521f};
+    const Floats square = w * w, by_polynomial = multiply_add(polynomial(square, c) * square, w, w);
+    const Ints is_small = 0.55f > absolute(w), is_positive = w > 0.0f;
+    const Floats value = select(is_small, by_polynomial, select(is_positive, -q, q));
+    return multiply_add(value, cap, select(is_small, middle, select(is_positive, high, low)));
+  }
+  RPO_INLINE Floats log2_weight(Floats x) const { return log2_weight(x * slope, complement(x * slope)); }
+  RPO_INLINE Floats gradient(Floats x, Floats factor) const {
+    const Floats w = x * slope, q = complement(w);
+    return exp2(log2_weight(w, q)) * factor * (q * (2.0f - q));  // 1 - tanh^2 = q (2 - q)
+  }
+};
+
+// ---- statistics
+
+template <bool kExtras>
+struct Sums {
+  Floats top = -kInfinity, sumexp, weighted, total;
+
+  template <class Transform>
+  RPO_INLINE void add(const Transform& transform, Floats x) {
+    const Floats y = transform.log2_weight(x), weight = exp2(y);
+    top = maximum(x, top);
+    sumexp = sumexp + weight;
+    if (kExtras) {
+      weighted = weighted + weight * maximum(y, -1e4f);  // 0 where the weight is, not 0 * inf
+      total = total + y;
+    }
+  }
+  // Only the columns in `counted`.
+  template <class Transform>
+  RPO_INLINE void add(const Transform& transform, Floats x, Ints counted) {
+    Sums all;
+    all.add(transform, x);
+    top = maximum(select(counted, x, top), top);
+    sumexp = sumexp + masked(counted, all.sumexp);
+    weighted = weighted + masked(counted, all.weighted);
+    total = total + masked(counted, all.total);
+  }
+  void add(const Sums& other) {
+    top = maximum(other.top, top);
+    sumexp = sumexp + other.sumexp;
+    weighted = weighted + other.weighted;
+    total = total + other.total;
+  }
+};
+
+inline float largest(Floats x) {
+  const Vector v = maximum(x.a, x.b);
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
   return best;
 }
-inline double sum(Floats v) {
+inline double sum(Floats x) {
+  const Vector v = x.a + x.b;
   double s = 0;
   for (int i = 0; i < kLanes; ++i) s += double(v[i]);
   return s;
@@ -158,39 +210,29 @@ inline double sum(Floats v) {
 
 template <class T, class Transform, bool kExtras>
 inline Partial block_stats(const Transform& transform, const T* x, int64_t columns) {
-  Sums<kExtras> s, t;
-  Floats a, b;
+  constexpr int kSets = 16 / kLanes;  // as many partial sums at every level: the fewer terms in each, the less is lost
+  Sums<kExtras> sums[kSets];
   int64_t i = 0;
-  for (; i + kStep <= columns; i += kStep) {
+  for (; i + kSets * kStep <= columns; i += kSets * kStep) {
     prefetch(x + i);
-    load_step(x + i, a, b);
-    s.add(transform, a);
-    t.add(transform, b);
+    for (int set = 0; set < kSets; ++set) sums[set].add(transform, load_step(x + i + set * kStep));
   }
+  for (int set = 0; i + kStep <= columns; ++set, i += kStep) sums[set].add(transform, load_step(x + i));
   if (i < columns) {
     const Tail<T> tail(x + i, columns - i);
-    Floats keep_a, keep_b;
-    load_step(tail.x, a, b);
-    load_step(tail.counts, keep_a, keep_b);
-    s.add(transform, a, keep_a > 0.0f);
-    t.add(transform, b, keep_b > 0.0f);
+    sums[kSets - 1].add(transform, load_step(tail.x), load_step(tail.counts) > 0.0f);
   }
-  return {0.0, sum(s.sumexp + t.sumexp), sum(s.weighted + t.weighted) * kLn2, sum(s.total + t.total) * kLn2,
-          largest(maximum(s.top, t.top))};
+  for (int set = 1; set < kSets; ++set) sums[0].add(sums[set]);
+  return {transform.reference, sum(sums[0].sumexp), sum(sums[0].weighted) * kLn2,
+          sum(sums[0].total) * kLn2 + double(columns) * transform.reference, largest(sums[0].top)};
 }
 
 template <class T>
 inline float glance(const T* x, int64_t columns) {
-  Floats best = broadcast(-kInfinity), a, b;
-  int64_t i = 0;
-  for (; i + kStep <= columns && i < kGlance; i += kStep) {
-    load_step(x + i, a, b);
-    best = maximum(b, maximum(a, best));
-  }
+  Floats best = -kInfinity;
+  for (int64_t i = 0; i + kStep <= columns && i < kGlance; i += kStep) best = maximum(load_step(x + i), best);
   return largest(best);
 }
-
-inline double finite(double reference) { return reference == -__builtin_inf() ? 0.0 : reference; }
 
 // Moves sums to another reference.
 inline void refer(Partial& p, double reference) {
@@ -201,103 +243,148 @@ inline void refer(Partial& p, double reference) {
 }
 
 template <class T, class Transform, bool kExtras>
-void run_stats(const TokenTransform& options, const void* data, int64_t columns, Partial* out) {
-  const T* x = static_cast<const T*>(data);
-  float center = glance(x, columns);
-  Partial run{finite(rpo::transform(options, center)), 0.0, 0.0, 0.0, -kInfinity};
-  Transform transform(options, run.reference);
+void run_stats(const TokenTransform& options, const T* x, int64_t columns, Partial& run) {
+  float near = glance(x, columns);
+  Transform transform(options, finite(rpo::transform(options, near)));
+  run = {transform.reference, 0.0, 0.0, 0.0, -kInfinity};
   for (int64_t i = 0; i < columns; i += kBlock) {
     const int64_t n = columns - i < kBlock ? columns - i : kBlock;
     Partial block = block_stats<T, Transform, kExtras>(transform, x + i, n);
-    if (block.top > center && (center == -kInfinity || rpo::transform(options, block.top) - run.reference > kMargin)) {
-      center = block.top;
-      refer(run, rpo::transform(options, center));
-      transform = Transform(options, run.reference);
+    if (block.top > near && (near == -kInfinity || rpo::transform(options, block.top) - run.reference > kMargin)) {
+      near = block.top;
+      transform = Transform(options, rpo::transform(options, near));
+      refer(run, transform.reference);
       block = block_stats<T, Transform, kExtras>(transform, x + i, n);
     }
     run.sumexp += block.sumexp;
     run.weighted += block.weighted;
-    run.total += block.total + double(n) * run.reference;
+    run.total += block.total;
     run.top = block.top > run.top ? block.top : run.top;
   }
-  *out = run;
+  // The largest term, which in a confident row is nearly all of the sum, is made exact.
+  const double rounded = exp2(transform.log2_weight(run.top)).a[0];
+  run.sumexp += __builtin_exp(rpo::transform(options, run.top) - run.reference) - rounded;
 }
 
 // ---- gradient
 
-template <class T, class Transform, bool kStream>
-inline int64_t grad_steps(const Transform& transform, Floats factor, const T* x, T* out, int64_t columns) {
-  Floats a, b;
-  int64_t i = 0;
-  for (; i + kStep <= columns; i += kStep) {
-    prefetch(x + i);
-    load_step(x + i, a, b);
-    store_step<kStream>(out + i, transform.gradient(a, factor), transform.gradient(b, factor));
-  }
-  return i;
+// Marks the columns among kStep whose gradient exceeds the threshold. Other threads mark the same bytes.
+template <class T>
+inline void mark(const rpo::Active& active, Floats gradient, int64_t column, int64_t columns, int64_t label_column) {
+  float values[kStep];
+  store_step<false>(values, reorder<T, float>(absolute(gradient)));
+  for (int64_t j = 0; j < columns; ++j)
+    if (values[j] > active.threshold && column + j != label_column)
+      __atomic_store_n(active.mask + column + j, uint8_t(1), __ATOMIC_RELAXED);
 }
 
-// Fewer columns than a step.
-template <class T, class Transform>
-inline void grad_rest(const Transform& transform, Floats factor, const T* x, T* out, int64_t columns) {
-  Tail<T> tail(x, columns);
-  Floats a, b;
-  load_step(tail.x, a, b);
-  store_step<false>(tail.x, transform.gradient(a, factor), transform.gradient(b, factor));
-  __builtin_memcpy(out, tail.x, size_t(columns) * sizeof(T));
-}
+template <class T, class Out, class Transform>
+struct Gradient {
+  const Transform transform;
+  const Floats factor;
+  const T* const x;
+  Out* const out;
+  const GradRow& row;
 
-template <class T, class Transform>
-void run_grad(const TokenTransform& options, const void* data, void* out_data, int64_t columns, const GradRow& row) {
-  const T* x = static_cast<const T*>(data);
-  T* out = static_cast<T*>(out_data);
-  const Transform transform(options, finite(row.reference));
-  const Floats factor = broadcast(row.factor);
-  int64_t i = 0;
-  if (row.stream) {
-    const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % sizeof(Floats) / sizeof(T));
-    i = past == 0 ? 0 : int64_t(sizeof(Floats) / sizeof(T)) - past;  // columns before `out` is aligned
-    i = i < columns ? i : columns;
-    if (i > 0) grad_rest(transform, factor, x, out, i);
-    i += grad_steps<T, Transform, true>(transform, factor, x + i, out + i, columns - i);
-    stream_fence();
-  } else {
-    i = grad_steps<T, Transform, false>(transform, factor, x, out, columns);
+  Gradient(const TokenTransform& options, const T* x, Out* out, const GradRow& row)
+      : transform(options, finite(row.reference)),
+        factor(float(row.factor * __builtin_exp(transform.reference - finite(row.reference)))),
+        x(x), out(out), row(row) {}
+
+  RPO_INLINE Floats step(const T* from, int64_t column, int64_t columns, bool marks) const {
+    const Floats gradient = transform.gradient(load_step(from), factor);
+    if (marks && any(absolute(gradient) > row.active.threshold))
+      mark<T>(row.active, gradient, column, columns, row.label_column);
+    return reorder<T, Out>(gradient);
   }
-  if (i < columns) grad_rest(transform, factor, x + i, out + i, columns - i);
-  if (row.label_column >= 0) {
-    T rounded[kStep];
-    store_step<false>(rounded, broadcast(row.label_grad), broadcast(row.label_grad));
+  // Whole steps from column i on; returns the column where they end.
+  template <bool kStream, bool kMarks>
+  int64_t steps(int64_t i, int64_t columns) const {
+    for (; i + kStep <= columns; i += kStep) {
+      prefetch(x + i);
+      store_step<kStream>(out + i, step(x + i, i, kStep, kMarks));
+    }
+    return i;
+  }
+  // Columns i to `end`, fewer than a step.
+  void rest(int64_t i, int64_t end) const {
+    if (i == end) return;
+    const Tail<T> tail(x + i, end - i);
+    Out result[kStep];
+    store_step<false>(result, step(tail.x, i, end - i, row.active.mask != nullptr));
+    __builtin_memcpy(out + i, result, size_t(end - i) * sizeof(Out));
+  }
+  void label() const {
+    Out rounded[kStep];
+    store_step<false>(rounded, row.label_grad);
     out[row.label_column] = rounded[0];
+    if (row.active.mask && __builtin_fabsf(row.label_grad) > row.active.threshold)
+      __atomic_store_n(row.active.mask + row.label_column, uint8_t(1), __ATOMIC_RELAXED);
   }
-}
+  void run(int64_t columns) const {
+    int64_t i = 0;
+    if (row.stream) {
+      const int64_t past = int64_t(uintptr_t(out) % sizeof(Vector) / sizeof(Out));
+      i = past == 0 ? 0 : int64_t(sizeof(Vector) / sizeof(Out)) - past;  // columns before `out` is aligned
+      i = i < columns ? i : columns;
+      rest(0, i);
+      i = steps<true, false>(i, columns);
+      stream_fence();
+    } else {
+      i = row.active.mask ? steps<false, true>(0, columns) : steps<false, false>(0, columns);
+    }
+    rest(i, columns);
+    if (row.label_column >= 0) label();
+  }
+};
 
 // ---- from run-time choices to template arguments
 
 template <class Call>
-inline void with_types(DType dtype, bool softcap, const Call& call) {
-  const auto with_transform = [&](auto element) {
-    if (softcap) call(element, static_cast<SoftCapped*>(nullptr));
-    else call(element, static_cast<Scaled*>(nullptr));
-  };
-  if (dtype == DType::kFloat32) with_transform(float{});
-  else if (dtype == DType::kBFloat16) with_transform(BFloat16{});
-  else with_transform(Float16{});
+inline void with_type(DType dtype, const Call& call) {
+  if (dtype == DType::kFloat32)
+    call(float{});
+  else if (dtype == DType::kBFloat16)
+    call(BFloat16{});
+  else
+    call(Float16{});
 }
 
-void stats(const TokenTransform& options, DType dtype, const void* x, int64_t columns, bool extras, Partial* out) {
-  with_types(dtype, options.softcap > 0, [&](auto element, auto* kind) {
+template <class Transform>
+void stats_with(const TokenTransform& options, DType dtype, const void* x, int64_t n, bool extras, Partial* out) {
+  with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    using Transform = __typeof__(*kind);
-    if (extras) run_stats<T, Transform, true>(options, x, columns, out);
-    else run_stats<T, Transform, false>(options, x, columns, out);
+    const auto run = extras ? run_stats<T, Transform, true> : run_stats<T, Transform, false>;
+    run(options, static_cast<const T*>(x), n, *out);
   });
 }
 
-void grad(const TokenTransform& options, DType dtype, const void* x, void* out, int64_t columns, const GradRow& row) {
-  with_types(dtype, options.softcap > 0, [&](auto element, auto* kind) {
-    run_grad<decltype(element), __typeof__(*kind)>(options, x, out, columns, row);
+void stats(const TokenTransform& options, DType dtype, const void* x, int64_t n, bool extras, Partial* out) {
+  if (options.softcap > 0) return stats_with<SoftCapped>(options, dtype, x, n, extras, out);
+  if (kFused) {
+    stats_with<Scaled>(options, dtype, x, n, extras, out);
+    const double fits = out->sumexp + out->reference;
+    if (fits - fits == 0) return;  // finite, both
+  }
+  stats_with<Centered>(options, dtype, x, n, extras, out);
+}
+
+template <class Transform>
+void grad_with(const TokenTransform& options, DType dtype, const void* x, int64_t columns, const GradRow& row) {
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    with_type(row.out_dtype, [&](auto out_element) {
+      using Out = decltype(out_element);
+      Gradient<T, Out, Transform>(options, static_cast<const T*>(x), static_cast<Out*>(row.out), row).run(columns);
+    });
   });
+}
+
+void grad(const TokenTransform& options, DType dtype, const void* x, int64_t columns, const GradRow& row) {
+  if (options.softcap > 0) return grad_with<SoftCapped>(options, dtype, x, columns, row);
+  const bool is_huge = __builtin_fabs(row.reference) * kLog2e > kFloatMax;
+  if (kFused && !is_huge) return grad_with<Scaled>(options, dtype, x, columns, row);
+  grad_with<Centered>(options, dtype, x, columns, row);
 }
 
 }  // namespace

@@ -21,6 +21,12 @@ struct Partial {
   float top;
 };
 
+// Columns to mark with 1 in `mask` (null: none) where the gradient exceeds `threshold`.
+struct Active {
+  uint8_t* mask;
+  float threshold;
+};
+
 // One row's part in the gradient: factor * exp(z - reference), times dz/dx over its value at x = 0.
 struct GradRow {
   double reference;
@@ -28,13 +34,16 @@ struct GradRow {
   bool stream;           // store past the caches
   int64_t label_column;  // -1: not among these columns
   float label_grad;      // what stands there
+  DType out_dtype;
+  void* out;
+  Active active;
 };
 
 // The kernels of one vector level.
 struct Level {
   const char* name;
   void (*stats)(const TokenTransform&, DType, const void* x, int64_t columns, bool extras, Partial* out);
-  void (*grad)(const TokenTransform&, DType, const void* x, void* out, int64_t columns, const GradRow&);
+  void (*grad)(const TokenTransform&, DType, const void* x, int64_t columns, const GradRow&);
 };
 
 }  // namespace rpo

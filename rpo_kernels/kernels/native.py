@@ -7,14 +7,14 @@ and takes the best that this machine runs; `RPO_KERNELS_NATIVE_LEVEL` names anot
 import ctypes
 import functools
 import os
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contract import RowStats, TokenOptions
+from .contract import ActiveColumns, RowStats, TokenOptions
 
 LIBRARY = Path(__file__).parent.parent / "_native.so"
 LEVEL_VARIABLE = "RPO_KERNELS_NATIVE_LEVEL"
@@ -99,17 +99,29 @@ def row_grad(
     options: TokenOptions = TokenOptions(),
     first_column: int = 0,
     out: Tensor | None = None,
+    active: ActiveColumns | None = None,
 ) -> Tensor:
     """As `definition.row_grad`, for float32, bfloat16 and float16 logits on the CPU."""
     described = _describe(logits, labels, options, first_column)
     if out is not None and out.shape != logits.shape:
         raise ValueError(f"out must have the shape of logits, {tuple(logits.shape)}, got {tuple(out.shape)}")
-    direct = out is not None and out.dtype == logits.dtype and _has_dense_rows(out)
+    direct = out is not None and _is_writable(out, logits)
     result = out if out is not None and direct else torch.empty(logits.shape, dtype=logits.dtype)
     kept = [x.to(torch.float32).contiguous() for x in (stats.logp, stats.max, stats.sumexp)]
     factors = grad_logps.to(torch.float32)
-    struct = _Grad(*(x.data_ptr() for x in (*kept, factors)), factors.stride(), result.data_ptr(), result.stride()[:2])
+    mask = None if active is None else active.mask if active.mask.is_contiguous() else torch.zeros_like(active.mask)
+    struct = _Grad(
+        *(x.data_ptr() for x in (*kept, factors)),
+        factors.stride(),
+        result.data_ptr(),
+        result.stride()[:2],
+        DTYPES[result.dtype],
+        None if mask is None else mask.data_ptr(),
+        0.0 if active is None else active.threshold,
+    )
     _library().rpo_row_grad(_level_pointer(level()), byref(_workers()), byref(described.struct), byref(struct))
+    if active is not None and mask is not active.mask:
+        active.mask.bitwise_or_(mask)
     return result if out is None or direct else out.copy_(result)
 
 
@@ -145,6 +157,9 @@ class _Grad(Structure):
         ("grad_logps_stride", c_int64 * 2),
         ("out", c_void_p),
         ("out_stride", c_int64 * 2),
+        ("out_dtype", c_int32),
+        ("mask", c_void_p),
+        ("threshold", c_float),
     ]
 
 
@@ -184,6 +199,13 @@ def _describe(logits: Tensor, labels: Tensor, options: TokenOptions, first_colum
         raise ValueError(f"labels must be {tuple(logits.shape[:2])} as logits are, got {tuple(labels.shape)}")
     rows = logits if _has_dense_rows(logits) else logits.contiguous()
     return _Described(rows, labels.to("cpu", torch.int64), options, first_column)
+
+
+def _is_writable(out: Tensor, logits: Tensor) -> bool:
+    """Whether the kernel may write `out` while it reads `logits`: exactly these, or other memory."""
+    same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride() and out.dtype == logits.dtype
+    apart = out.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr()
+    return out.dtype in DTYPES and _has_dense_rows(out) and (same or apart)
 
 
 def _has_dense_rows(x: Tensor) -> bool:
