@@ -18,7 +18,7 @@ using rpo::TokenTransform;
 
 constexpr double kLn2 = 0.693147180559945309, kLog2e = 1.44269504088896341;
 constexpr float kInfinity = __builtin_inff();
-constexpr float kFloatMax = 3.40282347e38f;
+constexpr double kHuge = 1e6;  // a reference beyond which `Scaled` would move it by more than 0.1
 constexpr int64_t kBlock = 8192;   // columns whose sums are kept in float
 constexpr int64_t kGlance = 256;   // columns looked at for a first reference
 constexpr double kMargin = 8.0;    // a maximum further above the reference moves it: a term's error grows with distance
@@ -112,7 +112,7 @@ struct Scaled {
   RPO_INLINE Floats gradient(Floats x, Floats factor) const { return exp2(log2_weight(x)) * factor; }
 };
 
-// The same for logits too large for that, and for machines whose multiply-add rounds twice.
+// The same for huge logits, and for machines whose multiply-add rounds twice.
 struct Centered {
   Floats center, slope;
   double reference;
@@ -363,8 +363,7 @@ void stats(const TokenTransform& options, DType dtype, const void* x, int64_t n,
   if (options.softcap > 0) return stats_with<SoftCapped>(options, dtype, x, n, extras, out);
   if (kFused) {
     stats_with<Scaled>(options, dtype, x, n, extras, out);
-    const double fits = out->sumexp + out->reference;
-    if (fits - fits == 0) return;  // finite, both
+    if (__builtin_fabs(out->reference) < kHuge && out->sumexp - out->sumexp == 0) return;  // not NaN or infinite
   }
   stats_with<Centered>(options, dtype, x, n, extras, out);
 }
@@ -382,8 +381,7 @@ void grad_with(const TokenTransform& options, DType dtype, const void* x, int64_
 
 void grad(const TokenTransform& options, DType dtype, const void* x, int64_t columns, const GradRow& row) {
   if (options.softcap > 0) return grad_with<SoftCapped>(options, dtype, x, columns, row);
-  const bool is_huge = __builtin_fabs(row.reference) * kLog2e > kFloatMax;
-  if (kFused && !is_huge) return grad_with<Scaled>(options, dtype, x, columns, row);
+  if (kFused && __builtin_fabs(row.reference) < kHuge) return grad_with<Scaled>(options, dtype, x, columns, row);
   grad_with<Centered>(options, dtype, x, columns, row);
 }
 

@@ -73,22 +73,18 @@ def row_stats(
 ) -> RowStats:
     """As `definition.row_stats`, for float32, bfloat16 and float16 logits on the CPU."""
     described = _describe(logits, labels, options, first_column)
-    if running is None:
-        stats = RowStats(*(torch.empty(labels.shape) for _ in range(6 if extras else 4)))
-    else:
-        stats = RowStats(*(None if x is None else x.contiguous() for x in running))
-    pointers = _Stats(*(None if x is None else x.data_ptr() for x in stats))
+    fields = [torch.empty(labels.shape) for _ in range(6 if extras else 4)] if running is None else _present(running)
+    dense = [x.contiguous() for x in fields]
+    pointers = _Stats(*(x.data_ptr() for x in dense))
     failed = _library().rpo_row_stats(
         _level_pointer(level()), byref(_workers()), byref(described.struct), running is not None, byref(pointers)
     )
     if failed:
         raise MemoryError("row_stats: no memory for partial sums")
-    if running is None:
-        return stats
-    for old, new in zip(running, stats):
-        if old is not None and old is not new:
-            old.copy_(new)
-    return running
+    for field, x in zip(fields, dense):
+        if x is not field:
+            field.copy_(x)
+    return RowStats(*fields) if running is None else running
 
 
 def row_grad(
@@ -109,7 +105,7 @@ def row_grad(
     result = out if out is not None and direct else torch.empty(logits.shape, dtype=logits.dtype)
     kept = [x.to(torch.float32).contiguous() for x in (stats.logp, stats.max, stats.sumexp)]
     factors = grad_logps.to(torch.float32)
-    mask = None if active is None else active.mask if active.mask.is_contiguous() else torch.zeros_like(active.mask)
+    mask = None if active is None else active.mask.contiguous()
     struct = _Grad(
         *(x.data_ptr() for x in (*kept, factors)),
         factors.stride(),
@@ -120,8 +116,8 @@ def row_grad(
         0.0 if active is None else active.threshold,
     )
     _library().rpo_row_grad(_level_pointer(level()), byref(_workers()), byref(described.struct), byref(struct))
-    if active is not None and mask is not active.mask:
-        active.mask.bitwise_or_(mask)
+    if active is not None and mask is not None and mask is not active.mask:
+        active.mask.copy_(mask)
     return result if out is None or direct else out.copy_(result)
 
 
@@ -199,6 +195,10 @@ def _describe(logits: Tensor, labels: Tensor, options: TokenOptions, first_colum
         raise ValueError(f"labels must be {tuple(logits.shape[:2])} as logits are, got {tuple(labels.shape)}")
     rows = logits if _has_dense_rows(logits) else logits.contiguous()
     return _Described(rows, labels.to("cpu", torch.int64), options, first_column)
+
+
+def _present(stats: RowStats) -> list[Tensor]:
+    return [x for x in stats if x is not None]
 
 
 def _is_writable(out: Tensor, logits: Tensor) -> bool:
