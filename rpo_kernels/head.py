@@ -38,7 +38,7 @@ def linear_token_logprobs(
     gradient_filter: float | None = None,
     return_dropped: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """`token_logprobs(hidden @ weight.T + bias, labels, ...)` without ever holding the logits.
 
     Positions that are not scored cost nothing. Half-precision operands are multiplied into float32 logits where the
@@ -72,15 +72,30 @@ def linear_token_logprobs(
             `token_logprobs`.
     """
     options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
+    result = logprobs_and_dropped(hidden, weight, labels, bias, options, memory_budget, gradient_filter, backend)
+    return result if return_dropped else result[0]  # type: ignore[return-value]
+
+
+def logprobs_and_dropped(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    options: TokenOptions,
+    memory_budget: int | str | None,
+    gradient_filter: float | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_token_logprobs` and what the filter left out."""
     options.check()
     if torch.is_autocast_enabled(hidden.device.type):
-        hidden, weight, bias = _autocast(hidden, weight, bias)
+        hidden, weight = _autocast(hidden), _autocast(weight)
+        bias = None if bias is None else _autocast(bias)
     _check(hidden, weight, bias, labels)
     if gradient_filter is not None and not gradient_filter >= 0:
         raise ValueError(f"gradient_filter must be a number of at least 0, or None; got {gradient_filter!r}")
     budget = None if memory_budget is None else parse_budget(memory_budget, hidden.device)
     grad = torch.is_grad_enabled()
-    needs_weight = weight.requires_grad or (bias is not None and bias.requires_grad)
     logps, dropped, *_ = torch.ops.rpo_kernels.linear_token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -88,23 +103,19 @@ def linear_token_logprobs(
         labels.reshape(-1, labels.shape[-1]),
         *options,
         grad and hidden.requires_grad,
-        grad and needs_weight,
+        grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
         budget,
         gradient_filter,
         backend,
     )
-    logps = logps.reshape(labels.shape)
-    return (logps, dropped.reshape(labels.shape)) if return_dropped else logps
+    return logps.reshape(labels.shape), dropped.reshape(labels.shape)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(x: Tensor) -> Tensor:
     """Cast as autocast casts the operands of a linear layer."""
-    return [
-        x.to(torch.get_autocast_dtype(x.device.type))
-        if x is not None and x.is_floating_point() and x.dtype != torch.float64
-        else x
-        for x in tensors
-    ]
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:

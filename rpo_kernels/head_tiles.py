@@ -11,7 +11,6 @@ At the label's column `s (1 - p so far) = s - p` lacks `1 - s`: the label's gain
 """
 
 import functools
-import inspect
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -66,18 +65,23 @@ class Head(NamedTuple):
         return kernels.row_stats(logits[None], labels[None], self.options._replace(shift=False), first_column, running)
 
     def row_grad(
-        self, logits: Tensor, labels: Tensor, stats: RowStats, first_column: int, active: ActiveColumns | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        stats: RowStats,
+        first_column: int,
+        out: Tensor,
+        active: ActiveColumns | None = None,
     ) -> Tensor:
-        """The backend's `row_grad` of a tile `[n, v]` of scored rows, in place of the logits."""
+        """The backend's `row_grad` of a tile `[n, v]` of scored rows."""
         kernels = dispatch.rows(logits, self.backend)
         options, ones = self.options._replace(shift=False), torch.ones_like(stats.logp)
-        if "active" in inspect.signature(kernels.row_grad).parameters:
-            kernels.row_grad(logits[None], labels[None], stats, ones, options, first_column, logits[None], active)
-        else:
-            kernels.row_grad(logits[None], labels[None], stats, ones, options, first_column, logits[None])
-            if active is not None:
-                active.mask.masked_fill_((logits.abs() > active.threshold).any(0), 1)
-        return logits
+        kernels.row_grad(logits[None], labels[None], stats, ones, options, first_column, out[None], active)
+        return out
+
+    def operand_like(self, logits: Tensor) -> Tensor:
+        """Where to write the U of a tile for GEMMs to read it: over the logits if it is of their dtype."""
+        return logits if logits.dtype == self.operand_dtype else torch.empty_like(logits, dtype=self.operand_dtype)
 
 
 class Rows(NamedTuple):
@@ -193,22 +197,24 @@ class _Store:
         self.columns = head.hidden.new_empty(columns, dtype=torch.int32)
         self.used = self.used_columns = 0
 
-    def put(self, chunk: int, tile: int, unit: Tensor, columns: Tensor | None) -> Tensor | None:
-        """Keep the U of a chunk and tile, of these columns of it, if there is room. Returns what is kept."""
+    def place(self, chunk: int, tile: int, columns: Tensor | None = None) -> Tensor | None:
+        """Memory for the U of a chunk and tile, or of these columns of it; None if there is no room."""
+        rows, span = self.schedule.chunks[chunk], self.schedule.tiles[tile]
+        shape = (rows.stop - rows.start, span.stop - span.start if columns is None else len(columns))
         offset = self.used
         if not self.filtered:  # tile after tile, each with all rows
-            offset = self.schedule.sizes[0] * self.schedule.tiles[tile].start
-            offset += self.schedule.chunks[chunk].start * unit.shape[1]
-        if tile >= self.tiles or offset + unit.numel() > self.kept.numel():
+            offset = self.schedule.sizes[0] * span.start + rows.start * shape[1]
+        end = offset + shape[0] * shape[1]
+        if tile >= self.tiles or end > self.kept.numel():
             return None
-        self.used = offset + unit.numel()
+        self.used = end
         place = Place(offset)
         if columns is not None:
             place = Place(offset, self.used_columns, len(columns))
             self.used_columns += len(columns)
             self.columns[place.columns_offset : self.used_columns] = columns
         self.schedule.places[chunk][tile] = place
-        return self.kept[offset : self.used].view(unit.shape).copy_(unit)
+        return self.kept[offset:end].view(shape)
 
 
 # ---------------------------------------------------------------------------------------------------------- forward
@@ -273,15 +279,12 @@ class _Chunk:
     def differentiate(self, tile: int, logits: Tensor, weight: Tensor, store: _Store) -> None:
         """Turn a tile of logits into U, add its share to the sums, and keep it if there is room."""
         self._shrink_sums(tile)
-        unit, columns = self._unit(tile, logits)
-        kept = store.put(self.number, tile, unit, columns)
-        if self.gradient is None:
-            return
-        if columns is not None:
-            weight = weight.index_select(0, columns)
-        if unit.dtype != weight.dtype:
-            unit = unit.to(weight.dtype) if kept is None else kept
-        _add_product(self.gradient, unit, weight)
+        if self.threshold is None:
+            unit = self._unit(tile, logits, store)
+        else:
+            unit, weight = self._filtered_unit(tile, logits, weight, store, self.threshold)
+        if self.gradient is not None:
+            _add_product(self.gradient, unit, weight)
 
     def finish(self, stats: Tensor) -> Tensor:
         """Add the labels' gains, fill the chunk's part of `Saved.stats`, return log s of each tile `[tiles, n]`."""
@@ -307,22 +310,39 @@ class _Chunk:
         if self.dropped is not None:
             self.dropped.mul_(scale)
 
-    def _unit(self, tile: int, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """U in place of the logits; or of the filter's columns, and which they are."""
+    def _unit(self, tile: int, logits: Tensor, store: _Store) -> Tensor:
+        """U as GEMMs read it, kept if there is room."""
         assert self.running is not None
         stats, first = _defined(self.running), self.schedule.tiles[tile].start
-        if self.dropped is None or self.threshold is None:
-            return self.head.row_grad(logits, self.labels, stats, first), None
-        active = ActiveColumns(torch.zeros(logits.shape[1], dtype=torch.uint8, device=logits.device), self.threshold)
-        unit = self.head.row_grad(logits, self.labels, stats, first, active)
+        kept = store.place(self.number, tile)
+        if kept is not None and kept.dtype == self.head.operand_dtype:
+            return self.head.row_grad(logits, self.labels, stats, first, kept)
+        unit = self.head.row_grad(logits, self.labels, stats, first, self.head.operand_like(logits))
+        if kept is not None:
+            kept.copy_(unit)
+        return unit
+
+    def _filtered_unit(
+        self, tile: int, logits: Tensor, weight: Tensor, store: _Store, threshold: float
+    ) -> tuple[Tensor, Tensor]:
+        """U of the columns that count, and their rows of the weight."""
+        assert self.running is not None and self.dropped is not None
+        stats, first = _defined(self.running), self.schedule.tiles[tile].start
+        active = ActiveColumns(torch.zeros(logits.shape[1], dtype=torch.uint8, device=logits.device), threshold)
+        unit = self.head.row_grad(logits, self.labels, stats, first, self.head.operand_like(logits), active)
         own = self.schedule.label_rows(self.span, tile)
         own_columns = self.labels[own.start - self.span.start : own.stop - self.span.start] - first
         columns = active.mask.index_fill_(0, own_columns, 1).nonzero().squeeze(1)
         if len(columns) > _DENSE_SHARE * logits.shape[1]:
-            return unit, None
-        # Off the labels U is negative.
-        self.dropped.sub_(torch.mv(unit, (active.mask == 0).to(unit.dtype)))
-        return unit.index_select(1, columns), columns
+            kept = store.place(self.number, tile)
+        else:
+            kept = store.place(self.number, tile, columns)
+            # Off the labels U is negative.
+            self.dropped.sub_(torch.mv(unit, (active.mask == 0).to(unit.dtype)))
+            unit, weight = unit.index_select(1, columns), weight.index_select(0, columns)
+        if kept is not None:
+            kept.copy_(unit)
+        return unit, weight
 
 
 # --------------------------------------------------------------------------------------------------------- backward
@@ -437,8 +457,8 @@ def _recall(
     if place.offset < 0:
         logits = scratch.multiply(hidden[rows], scratch.load(columns), columns)
         logp, top, sumexp, _ = saved.stats[:, None, rows]
-        unit = head.row_grad(logits, labels[rows], RowStats(logp, top, sumexp, logp), columns.start)
-        return unit.to(hidden.dtype), None
+        stats = RowStats(logp, top, sumexp, logp)
+        return head.row_grad(logits, labels[rows], stats, columns.start, head.operand_like(logits)), None
     shape = (rows.stop - rows.start, columns.stop - columns.start if place.columns < 0 else place.columns)
     unit = saved.kept[place.offset : place.offset + shape[0] * shape[1]].view(shape)
     if unit.dtype != hidden.dtype:

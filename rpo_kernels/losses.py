@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .head import linear_token_logprobs
+from .fused import rpo_reduce
+from .head import logprobs_and_dropped
 from .kernels import dispatch
+from .kernels.contract import TokenOptions
 from .logprobs import token_logprobs
 from .objectives import RPO, Objective, agreement
 from .sequences import Groups, Layout, Segments, find_groups, find_segments
@@ -63,7 +65,7 @@ def rpo_loss(
         num_responses: K, the number of responses a prompt.
         layout: `"grouped"`: x1y1 x1y2 x2y1 x2y2; `"stacked"`: all first responses, then all second ones.
         group_ids: B integers naming each response's prompt, for groups of different sizes; replaces the former two.
-        token_weights: weight of each token in its response's sum, of the labels' shape.
+        token_weights: weight of each token in its response's sum, of the labels' shape; a constant.
         cu_seqlens: `[B + 1]` int32 or int64 offsets of the packed responses.
         temperature, softcap, logit_scale, ignore_index, shift, inplace_backward, backend: as in `token_logprobs`.
 
@@ -140,20 +142,12 @@ def linear_rpo_loss(
     Raises:
         ValueError: as `rpo_loss` and `linear_token_logprobs`.
     """
-    options: dict[str, Any] = dict(
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        shift=shift,
-        memory_budget=memory_budget,
-        backend=backend,
-    )
     batch = PreferenceBatch.check(
         labels, rewards, objective, num_responses, layout, group_ids, token_weights, cu_seqlens, ignore_index, shift
     )
-    logps, dropped = linear_token_logprobs(
-        hidden, weight, batch.labels, bias=bias, gradient_filter=gradient_filter, return_dropped=True, **options
+    options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
+    logps, dropped = logprobs_and_dropped(
+        hidden, weight, batch.labels, bias, options, memory_budget, gradient_filter, backend
     )
     if ref_hidden is not None:
         if ref_logps is not None:
@@ -161,7 +155,9 @@ def linear_rpo_loss(
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
         with torch.no_grad():
-            ref_logps = linear_token_logprobs(ref_hidden, ref_weight, batch.labels, bias=ref_bias, **options)
+            ref_logps, _ = logprobs_and_dropped(
+                ref_hidden, ref_weight, batch.labels, ref_bias, options, memory_budget, None, backend
+            )
     elif ref_weight is not None or ref_bias is not None:
         raise ValueError("ref_weight and ref_bias go with ref_hidden, which was not given")
     output = batch.loss(logps, ref_logps, backend)
@@ -209,6 +205,8 @@ class PreferenceBatch(NamedTuple):
         if shift and cu_seqlens is not None:
             # The last logits of one packed sequence do not predict the first token of the next.
             labels = labels.masked_fill(segments.starts(labels), ignore_index)
+        if token_weights is not None:
+            token_weights = token_weights.detach()
         return cls(labels, rewards, objective, segments, groups, token_weights, ignore_index, shift)
 
     def loss(self, token_logps: Tensor, ref_logps: Tensor | None, backend: str | None) -> RPOOutput:
@@ -241,7 +239,20 @@ class PreferenceBatch(NamedTuple):
         return RPOOutput(group_losses.mean(), group_losses, logps, ref_logps, implicit, accuracy, margin)
 
     def _fused_loss(self, token_logps: Tensor, ref_logps: Tensor | None) -> RPOOutput:
-        raise ValueError("to come")
+        loss, group_losses, logps, ref_sums, implicit, accuracy, margin = rpo_reduce(
+            token_logps,
+            self.labels,
+            self.rewards,
+            ref_logps,
+            self.token_weights,
+            self.segments,
+            self.groups,
+            self.objective,
+            self.ignore_index,
+            self.shift,
+        )
+        ref_sums = None if ref_logps is None else ref_sums
+        return RPOOutput(loss, group_losses, logps, ref_sums, implicit, accuracy, margin)
 
     def _check_reference(self, ref_logps: Tensor | None) -> Tensor | None:
         reference_free = getattr(self.objective, "reference_free", False)
