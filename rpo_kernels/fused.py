@@ -1,0 +1,125 @@
+"""Sequence and group level of the RPO family in one kernel launch, as a differentiable operator.
+
+On a GPU the definition's thirty small launches (`PreferenceBatch.loss`) cost more than the logits pass of a small
+batch. Values and gradients are the definition's; a user's own objective takes the definition.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .objectives import RPO
+from .sequences import Groups, Segments
+
+_lib = torch.library.Library("rpo_kernels", "FRAGMENT")
+_lib.define(
+    "rpo_reduce(Tensor token_logps, Tensor labels, Tensor rewards, Tensor? ref_logps, Tensor? token_weights,"
+    " Tensor? cu_seqlens, Tensor? index, int[] layout, str distance, float beta, float eta, float margin,"
+    " float? target_margin, bool length_normalize, int ignore_index, bool shift)"
+    " -> (Tensor loss, Tensor group_losses, Tensor logps, Tensor ref_logps, Tensor implicit_rewards,"
+    " Tensor accuracy, Tensor margin, Tensor coef)"
+)
+
+
+def rpo_reduce(
+    token_logps: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+    segments: Segments,
+    groups: Groups,
+    objective: RPO,
+    ignore_index: int,
+    shift: bool,
+) -> tuple[Tensor, ...]:
+    """Loss, group losses, sequence sums, reference sums, implicit rewards, accuracy and margin, as in `RPOOutput`.
+
+    `loss`, `group_losses` and the sequence sums are differentiable in `token_logps`.
+    """
+    outputs = torch.ops.rpo_kernels.rpo_reduce(
+        token_logps,
+        labels,
+        rewards,
+        ref_logps,
+        token_weights,
+        segments.cu_seqlens,
+        groups.index,
+        [segments.count, groups.count, groups.size, groups.group_stride, groups.response_stride],
+        objective.distance,
+        objective.beta,
+        objective.eta,
+        objective.margin,
+        objective.target_margin,
+        objective.length_normalize,
+        ignore_index,
+        shift,
+    )
+    return outputs[:-1]
+
+
+def _structure(cu_seqlens: Tensor | None, index: Tensor | None, layout: list[int]) -> tuple[Segments, Groups]:
+    num_sequences, *regular = layout
+    return Segments(num_sequences, cu_seqlens), Groups(*regular, index=index)
+
+
+def _forward(
+    token_logps, labels, rewards, ref_logps, token_weights, cu_seqlens, index, layout,
+    distance, beta, eta, margin, target_margin, length_normalize, ignore_index, shift,
+):  # fmt: skip
+    from .kernels.triton_sequences import sequence_reduce
+
+    _, groups = _structure(cu_seqlens, index, layout)
+    objective = RPO(distance, beta, eta, length_normalize, target_margin=target_margin, margin=margin)
+    return tuple(
+        sequence_reduce(
+            token_logps,
+            labels,
+            rewards,
+            groups,
+            objective,
+            ref_logps=ref_logps,
+            token_weights=token_weights,
+            cu_seqlens=cu_seqlens,
+            ignore_index=ignore_index,
+            shift=shift,
+        )
+    )
+
+
+def _fake(token_logps, labels, rewards, ref_logps, token_weights, cu_seqlens, index, layout, *_):
+    num_sequences, num_groups = layout[:2]
+    shapes = ((), (num_groups,), *[(num_sequences,)] * 3, (), (), (num_sequences,))
+    return tuple(token_logps.new_empty(shape) for shape in shapes)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    labels, token_weights, cu_seqlens, index, layout = inputs[1], *inputs[4:8]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(labels, token_weights, cu_seqlens, index, output[-1])
+    ctx.layout = layout
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, grad_groups: Tensor | None, grad_sums: Tensor | None, *_: Any):
+    """Each sum's gradient, spread over its tokens. Positions that are not scored get it too, and ignore it:
+    their log-probability is the constant 0, and the row kernels skip them."""
+    labels, token_weights, cu_seqlens, index, coef = ctx.saved_tensors
+    segments, groups = _structure(cu_seqlens, index, ctx.layout)
+    grad = grad_sums
+    for per_group in (
+        None if grad_loss is None else grad_loss / groups.count,
+        None if grad_groups is None else groups.spread(grad_groups, segments.count),
+    ):
+        if per_group is not None:
+            grad = per_group * coef if grad is None else torch.addcmul(grad, per_group, coef)
+    if grad is not None:
+        grad = segments.spread(grad, labels)
+        grad = grad if token_weights is None else grad * token_weights
+    return grad, *[None] * 15
+
+
+_lib.impl("rpo_reduce", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("rpo_kernels::rpo_reduce", _fake, lib=_lib)
+torch.library.register_autograd("rpo_kernels::rpo_reduce", _backward, setup_context=_setup_context, lib=_lib)
