@@ -7,10 +7,10 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <memory>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -38,7 +38,8 @@ namespace {
 
 using namespace rpo;
 
-constexpr int64_t kSegment = 32768;                // columns
+constexpr int64_t kSegment = 32768;                // columns; also the least work that is worth a thread
+constexpr int64_t kFinishGrain = 256;              // positions
 constexpr int64_t kStreamBytes = int64_t(1) << 25;  // a result larger than this leaves the caches anyway
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -90,21 +91,23 @@ void drain(void* data) {
 void drain_on_new_threads(Queue& queue, int threads) {
   std::vector<std::thread> helpers;
   try {
+    helpers.reserve(size_t(threads));
     for (int i = 1; i < threads; ++i) helpers.emplace_back(drain, &queue);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those there are do the work.
+  } catch (const std::exception&) {
+    // No more threads or memory to be had: those there are do the work.
   }
   drain(&queue);
   for (std::thread& helper : helpers) helper.join();
 }
 
+// Runs task(0) ... task(count - 1), on one thread for each `grain` of them or fewer.
 template <class Task>
-void for_each(const Workers& workers, int64_t count, const Task& task) {
+void for_each(const Workers& workers, int64_t count, int64_t grain, const Task& task) {
   Queue queue;
   queue.count = count;
   queue.run = [](const void* t, int64_t item) { (*static_cast<const Task*>(t))(item); };
   queue.task = &task;
-  const int threads = int(std::min<int64_t>(workers.threads, count));
+  const int threads = int(std::min<int64_t>(workers.threads, count / grain));
   if (threads <= 1) drain(&queue);
   else if (workers.parallel) workers.parallel(drain, &queue, unsigned(threads), 0);
   else drain_on_new_threads(queue, threads);
@@ -151,6 +154,7 @@ struct Position {
 };
 
 int64_t segments_of(const Logits& l) { return (l.columns + kSegment - 1) / kSegment; }
+int64_t grain_of(const Logits& l) { return std::max<int64_t>(1, kSegment / l.columns); }
 
 struct Segment {
   int64_t position, index, first, columns;
@@ -292,7 +296,7 @@ RPO_API int rpo_row_stats(const Level* level, const Workers* workers, const Logi
   const int64_t positions = l.batch * l.time, segments = segments_of(l);
   const std::unique_ptr<Partial[]> partials(new (std::nothrow) Partial[size_t(positions * segments)]);
   if (!partials) return 1;
-  for_each(*workers, positions * segments, [&](int64_t item) {
+  for_each(*workers, positions * segments, grain_of(l), [&](int64_t item) {
     const Segment s(l, item);
     const Position p(l, s.position / l.time, s.position % l.time);
     if (!p.is_scored) return;
@@ -300,9 +304,8 @@ RPO_API int rpo_row_stats(const Level* level, const Workers* workers, const Logi
     level->stats(l.options, l.dtype, x, s.columns, out->weighted != nullptr, &partials[item]);
     if (std::isnan(partials[item].sumexp)) rescan(l, p.row, s, partials[item]);
   });
-  for_each(*workers, l.batch, [&](int64_t b) {
-    for (int64_t t = 0; t < l.time; ++t)
-      finish(l, Position(l, b, t), &partials[(b * l.time + t) * segments], continued != 0, *out);
+  for_each(*workers, positions, kFinishGrain, [&](int64_t i) {
+    finish(l, Position(l, i / l.time, i % l.time), &partials[i * segments], continued != 0, *out);
   });
   return 0;
 }
@@ -312,7 +315,7 @@ RPO_API void rpo_row_grad(const Level* level, const Workers* workers, const Logi
   const Grad& g = *grad;
   const int64_t size = element_size(l.dtype), out_size = element_size(g.out_dtype), rows = l.batch * l.time;
   const bool stream = g.out != l.data && !g.active.mask && rows * l.columns * out_size > kStreamBytes;
-  for_each(*workers, rows * segments_of(l), [&](int64_t item) {
+  for_each(*workers, rows * segments_of(l), grain_of(l), [&](int64_t item) {
     const Segment s(l, item);
     const int64_t b = s.position / l.time, t = s.position % l.time;
     char* out = static_cast<char*>(g.out) + (b * g.out_stride[0] + t * g.out_stride[1] + s.first) * out_size;

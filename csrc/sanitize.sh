@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Builds the native backend with the address and undefined-behaviour sanitizers, beside the normal one, and runs its
+# tests on every vector level of this machine. Needs GCC, and pytest and torch in the Python that is named.
+#
+#     csrc/sanitize.sh            # PYTHON=.venv/bin/python by default if it exists, else python
+#     csrc/sanitize.sh -k strided # arguments go to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+
+export CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" CXXFLAGS="$CFLAGS"
+LDFLAGS="-fsanitize=address,undefined" "$python" setup.py -q build_ext --build-temp "$copy/objects" --build-lib "$copy"
+unset CFLAGS CXXFLAGS
+[ -e "$copy/rpo_kernels/_native.so" ] || { echo "the instrumented library was not built" >&2; exit 1; }
+cp -r rpo_kernels/*.py rpo_kernels/kernels "$copy/rpo_kernels/"
+
+export PYTHONPATH=$copy PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
+levels=$(LD_PRELOAD=$preload "$python" -c 'from rpo_kernels.kernels import native; print(*native.levels())')
+for level in $levels; do
+  echo "== $level"
+  RPO_KERNELS_NATIVE_LEVEL=$level LD_PRELOAD=$preload \
+    "$python" -m pytest -q -p no:cacheprovider tests/test_rows.py tests/test_native.py -k native "$@"
+done
