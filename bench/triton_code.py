@@ -17,8 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rpo_kernels.kernels import triton_rows
+from rpo_kernels.kernels import triton_rows, triton_sequences
 from rpo_kernels.kernels.contract import RowStats
+from rpo_kernels.kernels.triton_sequences import SequenceReduction, Tokens
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -29,7 +30,7 @@ TARGETS = {
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ABSENT = "constexpr"  # an argument that is None is a constant to Triton
-INTEGERS = dict.fromkeys(("length", "columns", "first_column", "ignore_index"), "i32")
+INTEGERS = dict.fromkeys(triton_rows.INTEGERS, "i32")
 STRIDES = ("i32", "i32")
 
 
@@ -43,6 +44,7 @@ class Build(NamedTuple):
     absent: list[tuple[int, ...]]  # paths of the arguments that are None
     num_warps: int
     columns_a_thread: int = 0  # in one iteration of the main loop
+    vocabularies: tuple[int, ...] = ()  # that this build serves
 
     def compile(self, target: GPUTarget) -> Any:
         signature = {name: self.signature.get(name, "constexpr") for name in self.kernel.arg_names}
@@ -52,32 +54,34 @@ class Build(NamedTuple):
         return triton.compile(source, target=target, options=dict(num_warps=self.num_warps, enable_fp_fusion=True))
 
 
+def builds(target: GPUTarget) -> list[Build]:
+    return row_builds(target) + sequence_builds()
+
+
 def row_builds(target: GPUTarget) -> list[Build]:
-    """The row kernels' builds, each once, in the forms that matter."""
-    builds = {}
+    """The row kernels' builds in the forms that matter, each once, with the vocabularies that it serves."""
+    builds: dict[str, Build] = {}
     for columns in VOCABULARIES:
-        for dtype in BYTES:
-            plain = dict(dtype=dtype, columns=columns, target=target)
-            for build in (row_stats(**plain), row_grad(**plain)):
-                builds[build.name] = build
-        bf16 = dict(dtype="bf16", columns=columns, target=target)
+        at = dict(columns=columns, target=target)
         for build in (
-            row_stats(**bf16, softcap=True),
-            row_stats(**bf16, extras=True, running=True),
-            row_stats(**bf16, split=True),
-            row_grad(**bf16, softcap=True),
-            row_grad(**bf16, vector=1),
-            row_grad(**bf16, active=True),
-            row_grad(dtype="fp32", out="bf16", columns=columns, target=target),
-            combine(),
+            *(row_stats(dtype, **at) for dtype in BYTES),
+            row_stats("bf16", softcap=True, **at),
+            row_stats("bf16", extras=True, running=True, **at),
+            row_stats("bf16", split=True, **at),
+            *(row_grad(dtype, **at) for dtype in BYTES),
+            row_grad("bf16", softcap=True, **at),
+            row_grad("bf16", active=True, **at),
+            row_grad("bf16", vector=1, **at),
+            row_grad("fp32", out="bf16", **at),
         ):
-            builds[build.name] = build
-    return list(builds.values())
+            served = builds[build.name].vocabularies if build.name in builds else ()
+            builds[build.name] = build._replace(vocabularies=(*served, columns))
+    return [*builds.values(), combine()]
 
 
 def row_stats(dtype, columns, target, softcap=False, extras=False, running=False, split=False) -> Build:
     tiling, shape, num_warps = _tiling(columns, 16 // BYTES[dtype], target)
-    signature = dict(logits="*" + dtype, blocks="i32", **_stats_arguments(extras))
+    signature = dict(logits="*" + dtype, **_stats_arguments(extras))
     if split:
         signature["partial"] = "*fp32"
     flags = dict(SOFTCAP=softcap, SHIFT=False, EXTRAS=extras, RUNNING=running)
@@ -96,7 +100,7 @@ def combine() -> Build:
 def row_grad(dtype, columns, target, out=None, softcap=False, active=False, vector=None) -> Build:
     out = out or dtype
     tiling, shape, num_warps = _tiling(columns, vector or 16 // min(BYTES[dtype], BYTES[out]), target)
-    signature = dict(logits="*" + dtype, out="*" + out, labels="*i64", blocks="i32")
+    signature = dict(logits="*" + dtype, out="*" + out, labels="*i64")
     signature |= dict.fromkeys(("inner", "outer", "threshold"), "fp32")
     if active:
         signature["active"] = "*u8"
@@ -110,29 +114,62 @@ def row_grad(dtype, columns, target, out=None, softcap=False, active=False, vect
     return Build(name, triton_rows.row_grad_kernel, signature, flags | shape, absent, num_warps, per_thread)
 
 
+def sequence_builds() -> list[Build]:
+    """The reduction for 16 groups of 4, in its widest forms: everything given and everything in use."""
+    return [
+        sequence_reduce("bwd_kl", "rewards", 64, 2048, 4),
+        sequence_reduce("bwd_kl", "one_hot", 64, 2048, 4, packed=True),
+        sequence_reduce("fwd_kl", "margin", 64, 100, 4, ragged=True),
+        sequence_reduce("sq", "rewards", 4096, 2048, 64, packed=True, ragged=True),
+    ]
+
+
+def sequence_reduce(distance, target, num_sequences, length, size, packed=False, ragged=False) -> Build:
+    shape = triton_sequences.choose_blocks(num_sequences, length, num_sequences // size, size)
+    signature = dict(tokens=Tokens("*fp32", "*i64", "*fp32", "*fp32"), strides=("i32",) * 4)  # type: ignore[arg-type]
+    signature |= dict(rewards="*fp32", lengths="*fp32", out=SequenceReduction(*["*fp32"] * 8))  # type: ignore
+    signature |= dict(cu_seqlens="*i32") if packed else {}
+    signature |= dict(index="*i64") if ragged else {}
+    signature |= dict.fromkeys(triton_sequences.INTEGERS, "i32")
+    signature |= dict.fromkeys(("beta", "eta", "margin", "target_margin"), "fp32")
+    flags = dict(DISTANCE=distance, TARGET=target, SHIFT=True)
+    names = triton_sequences.sequence_reduce_kernel.arg_names
+    absent = [(names.index(name),) for name in ("ref_logps", "cu_seqlens", "index") if name not in signature]
+    name = _name("sequence_reduce", f"{distance} {target}", shape, packed=packed, ragged=ragged)
+    kernel = triton_sequences.sequence_reduce_kernel
+    return Build(name, kernel, signature, flags | shape, absent, triton_sequences.NUM_WARPS)
+
+
 def facts(build: Build, target_name: str) -> dict[str, Any]:
     """Compile and read off what matters."""
     target = TARGETS[target_name]
     code = build.compile(target)
-    found = dict(name=build.name, target=target_name, shared=code.metadata.shared)
+    found = dict(name=build.name, target=target_name, vocabularies=build.vocabularies, shared=code.metadata.shared)
     if target.backend == "hip":
         return found | _amd_resources(code.asm["amdgcn"])
     sass = code.asm["sass"]
     found |= _nvidia_resources(code.asm["cubin"])
-    found["local"] = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    found["local_accesses"] = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     return found | (_main_loop(sass, build.columns_a_thread) if build.columns_a_thread else {})
 
 
 def _main_loop(sass: str, columns: int) -> dict[str, Any]:
-    """Count the loop that reads the logits: the backward branch around the most unmasked global loads."""
-    lines = sass.splitlines()
-    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if re.fullmatch(r"LBB\d+:", line)}
+    """Count the loop that reads the logits: the backward branch around the most global loads."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if re.fullmatch(r"LBB\d+:", line):
+            labels[line[:-1]] = len(instructions)
+        elif "\t" in line:
+            instructions.append(line.split("\t")[1])
     loops = []
-    for i, line in enumerate(lines):
-        branch = re.search(r"\bBRA (LBB\d+)", line)
-        if branch and labels.get(branch[1], i) < i:
-            loops.append([text.split("\t")[1] for text in lines[labels[branch[1]] : i + 1] if "\t" in text])
-    body = max(loops, key=lambda loop: sum(text.startswith("LDG") for text in loop))
+    for i, text in enumerate(instructions):
+        branch = re.search(r"\bBRA\S* (?:!?U?P\w+, )?(LBB\d+|0x[0-9a-f]+);", text)
+        if branch:
+            # A branch on a uniform predicate is printed with its address; an instruction takes 16 bytes.
+            start = labels[branch[1]] if branch[1] in labels else int(branch[1], 16) // 16
+            loops += [instructions[start : i + 1]] if start < i else []
+    body = max(loops, key=lambda loop: sum("LDG" in text for text in loop) - len(loop) / 10_000)
     kinds = Counter(re.sub(r"^@!?U?P\w+ ", "", text).split()[0].rstrip(";") for text in body)
     return dict(
         instructions=sum(count for kind, count in kinds.items() if kind != "NOP") / columns,
@@ -158,7 +195,8 @@ def _amd_resources(assembly: str) -> dict[str, int]:
     def read(key):
         return int(re.search(rf"\.{key}:\s*(\d+)", assembly)[1])
 
-    spills = read("vgpr_spill_count") + read("sgpr_spill_count") + read("private_segment_fixed_size")
+    # Scalar registers spill to lanes of vector registers, not to memory: only the others count.
+    spills = read("vgpr_spill_count") + read("private_segment_fixed_size")
     return dict(registers=read("vgpr_count"), spills=spills)
 
 
@@ -183,7 +221,7 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    found = [facts(build, name) for name in arguments.target for build in row_builds(TARGETS[name])]
+    found = [facts(build, name) for name in arguments.target for build in builds(TARGETS[name])]
     if arguments.json:
         print(json.dumps(found))
         return

@@ -300,7 +300,7 @@ def test_same_input_same_bits(device):
 
 def test_choose_blocks():
     choose = triton_sequences.choose_blocks
-    assert choose(8, 2048, 2, 4) == dict(SEQUENCES=8, TOKENS=512, GROUPS=2, RESPONSES=4)
-    assert choose(1000, 100, 250, 4) == dict(SEQUENCES=32, TOKENS=128, GROUPS=256, RESPONSES=4)
+    assert choose(8, 2048, 2, 4) == dict(SEQUENCES=8, TOKENS=256, GROUPS=2, RESPONSES=4)
+    assert choose(1000, 100, 250, 4) == dict(SEQUENCES=16, TOKENS=128, GROUPS=256, RESPONSES=4)
     assert choose(1, 1, 1, 1) == dict(SEQUENCES=1, TOKENS=1, GROUPS=1, RESPONSES=1)
-    assert choose(3000, 7, 1, 3000) == dict(SEQUENCES=512, TOKENS=8, GROUPS=1, RESPONSES=4096)
+    assert choose(3000, 7, 1, 3000) == dict(SEQUENCES=256, TOKENS=8, GROUPS=1, RESPONSES=4096)

@@ -26,7 +26,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Below every finite float32, so that a lane that saw nothing but -inf needs no special case: -inf minus it is -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = ["length", "columns", "first_column", "ignore_index", "blocks"]
+INTEGERS = ["length", "columns", "first_column", "ignore_index", "blocks"]
 
 
 class Tiling(NamedTuple):
@@ -139,7 +139,7 @@ def row_grad(
     return out
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def row_stats_kernel(
     logits,  # [B, length, columns]
     labels,  # [B, length]
@@ -216,7 +216,7 @@ def row_stats_kernel(
             tl.store(slot + 3 * field, total)
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def combine_kernel(
     logits,
     labels,
@@ -255,7 +255,7 @@ def combine_kernel(
     _finish(stats, at, u_label, top, sumexp, weighted, total, outer, RUNNING, EXTRAS)
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def row_grad_kernel(
     logits,  # [B, length, columns]
     out,  # [B, length, columns], may be logits

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 NUM_WARPS = 8
-TOKENS_IN_BLOCK = 4096
+TOKENS_IN_BLOCK = 2048
 RESPONSES_IN_BLOCK = 1024
-_INTEGERS = ["num_sequences", "length", "num_groups", "size", "group_stride", "response_stride", "ignore_index"]
+INTEGERS = ["num_sequences", "length", "num_groups", "size", "group_stride", "response_stride", "ignore_index"]
 
 
 class GroupLayout(Protocol):
@@ -142,7 +142,7 @@ def choose_blocks(num_sequences: int, length: int, num_groups: int, size: int) -
     return dict(SEQUENCES=sequences, TOKENS=tokens, GROUPS=groups, RESPONSES=responses)
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def sequence_reduce_kernel(
     tokens,  # Tokens
     strides,  # from row to row of each of tokens, 0 where packed
