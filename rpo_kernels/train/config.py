@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -69,8 +70,8 @@ class ObjectiveArguments:
     distance: Literal["bwd_kl", "fwd_kl", "sq"] | None = _setting(None, "rpo: distance between rewards and targets.")
     beta: float | None = _setting(None, "Implicit reward per unit of log-ratio.")
     eta: float | None = _setting(None, "rpo, distilled_dpo: target per unit of reward.")
-    length_normalize: bool | None = _setting(None, "rpo: divide log-ratios by the response's length.")
-    reference_free: bool | None = _setting(None, "rpo: use the policy's log-probability alone.")
+    length_normalize: bool = _setting(False, "rpo: divide log-ratios by the response's length.")
+    reference_free: bool = _setting(False, "rpo: use the policy's log-probability alone.")
     target_margin: float | None = _setting(None, "rpo: a fixed target for the best response, whatever the rewards.")
     margin: float | None = _setting(None, "rpo: lead of the best response before it counts.")
     epsilon: float | None = _setting(None, "cdpo: probability that a label is wrong.")
@@ -84,7 +85,7 @@ class ObjectiveArguments:
         """
         make = OBJECTIVES[self.objective]
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objective"}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in given.items() if value not in (None, False)}
         takes = list(inspect.signature(make).parameters)
         if unknown := sorted(set(given) - set(takes)):
             raise ValueError(f"objective {self.objective!r} takes {takes}, not {unknown}")
@@ -114,6 +115,7 @@ class RPOArguments(TrainingArguments):
     learning_rate: float = _setting(1e-6, "Initial learning rate. LoRA wants about 1e-4.")
     num_train_epochs: float = _setting(1.0, "Passes over the training data.")
     logging_steps: float = _setting(1, "Steps between two logs.")
+    dataloader_pin_memory: bool = _setting(torch.accelerator.is_available(), "Pin memory of the batches.")
     remove_unused_columns: bool = _setting(False, "Must be False: the loss needs columns the model does not.")
 
 

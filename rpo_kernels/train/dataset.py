@@ -70,6 +70,13 @@ class PreferenceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.examples)
 
+    def summary(self) -> str:
+        """Groups, responses, and tokens kept and cut, in words."""
+        responses = sum(len(e.responses) for e in self.examples)
+        kept = sum(len(e.prompt) + sum(map(len, e.responses)) for e in self.examples)
+        cut = sum(e.dropped_tokens for e in self.examples)
+        return f"{len(self)} groups, {responses} responses, {kept} tokens and {cut} cut off by max_length"
+
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
 

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ProgressCallback, TrainerCallback
 
-HELD_OUT, TRAINING = "eval", "training"  # prefixes of the metrics over the held-out and the training data
+# Prefixes of the metrics over the held-out and the training data, and how these are called in text.
+HELD_OUT, TRAINING = "eval", "training"
+NAMES = {TRAINING: "training", HELD_OUT: "held-out"}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -40,11 +42,10 @@ class MetricsFile(TrainerCallback):
         """Write the history so far."""
         if state.is_world_process_zero:
             self.content["history"] = state.log_history
-            write_json(self.path, self.content)
+            self.write()
 
-    def record(self, when: str, metrics: dict[str, float]) -> None:
-        """Write the metrics `"before"` or `"after"` training."""
-        self.content[when] = metrics
+    def write(self) -> None:
+        """Write what is known so far."""
         write_json(self.path, self.content)
 
 
@@ -65,7 +66,7 @@ def print_table(before: dict, after: dict, counts: dict[str, int], files: Iterab
         table.add_column(name, justify="right")
     rows = (("loss", "loss"), ("reward accuracy", "accuracy"), ("implicit-reward margin", "margin"))
     for label, metric in rows:
-        for prefix, name in ((TRAINING, "training"), (HELD_OUT, "held-out")):
+        for prefix, name in NAMES.items():
             if prefix in counts:
                 values = [run.get(f"{prefix}_{metric}", math.nan) for run in (before, after)]
                 table.add_row(f"{label}, {name} ({counts[prefix]} groups)", *(f"{value:.3f}" for value in values))

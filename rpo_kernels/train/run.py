@@ -1,5 +1,6 @@
 """`rpo-kernels train`: from settings to a trained model."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,12 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import demo
-from .config import DataArguments, Settings, parse
+from .config import Settings, parse
 from .data import DataError, read_groups
 from .dataset import PreferenceDataset
 from .models import add_adapter, load_model, load_tokenizer
 from .reference import attach_reference_logps
-from .report import HELD_OUT, TRAINING, MetricsFile, ProgressBar, draw_curves, print_table
+from .report import HELD_OUT, NAMES, TRAINING, MetricsFile, ProgressBar, draw_curves, print_table
 from .trainer import RPOTrainer
 
 # Training groups that are evaluated before and after, where no held-out data says how many.
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         train(settings, is_demo)
     except (DataError, RunError, FileNotFoundError) as error:
-        print(f"rpo-kernels train: error: {error}")
+        print(f"rpo-kernels train: error: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -43,7 +44,7 @@ def train(settings: Settings, is_demo: bool = False) -> dict:
     checkpoint = _checkpoint(settings)
     set_seed(args.seed)
     tokenizer = demo.tokenizer() if is_demo else load_tokenizer(str(settings.model.model))
-    datasets = _datasets(settings.data, tokenizer, quiet=bool(args.disable_tqdm))
+    datasets = _datasets(settings, tokenizer)
     model = _policy(settings, is_demo, list(datasets.values()), tokenizer)
     metrics = MetricsFile(output / "metrics.json", _described(settings))
     trainer = RPOTrainer(
@@ -57,13 +58,12 @@ def train(settings: Settings, is_demo: bool = False) -> dict:
     )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ProgressBar)
-    metrics_before = _evaluate(trainer, datasets)
+    metrics.content["before"] = _evaluate(trainer, datasets)
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics_after = _evaluate(trainer, datasets)
+    metrics.content["after"] = _evaluate(trainer, datasets)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        metrics.record("before", metrics_before)
-        metrics.record("after", metrics_after)
+        metrics.write()
         _report(settings, metrics, {name: len(_sample(name, datasets)) for name in datasets})
     return metrics.content
 
@@ -79,7 +79,9 @@ def _checkpoint(settings: Settings) -> str | None:
     return args.resume_from_checkpoint or last
 
 
-def _datasets(args: DataArguments, tokenizer: PreTrainedTokenizerBase, quiet: bool) -> dict[str, PreferenceDataset]:
+def _datasets(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, PreferenceDataset]:
+    args = settings.data
+    is_main = settings.training.process_index == 0
     sources = {
         TRAINING: (args.train_data, args.max_train_groups),
         HELD_OUT: (args.eval_data, args.max_eval_groups),
@@ -88,13 +90,10 @@ def _datasets(args: DataArguments, tokenizer: PreTrainedTokenizerBase, quiet: bo
     for name, (path, limit) in sources.items():
         if path is None:
             continue
-        dataset = PreferenceDataset(read_groups(path, limit), tokenizer, args.max_length, progress=not quiet)
-        dropped = sum(example.dropped_tokens for example in dataset.examples)
-        responses = sum(len(example.responses) for example in dataset.examples)
-        print(
-            f"{name}: {len(dataset)} groups, {responses} responses, {dropped} tokens cut by --max-length, from {path}"
-        )
+        dataset = PreferenceDataset(read_groups(path, limit), tokenizer, args.max_length, progress=is_main)
         datasets[name] = dataset
+        if is_main:
+            print(f"{NAMES[name]}: {dataset.summary()}, from {path}", flush=True)
     return datasets
 
 

@@ -1,0 +1,148 @@
+"""The command line, run as a user would: the demonstration, own data, resuming, mistakes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rpo_kernels.cli import COMMANDS, main
+
+pytest.importorskip("transformers")
+SMALL = [
+    "--max_train_groups",
+    "12",
+    "--max_eval_groups",
+    "4",
+    "--per_device_train_batch_size",
+    "4",
+    "--warmup_steps",
+    "0",
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+    assert main([]) == 2
+    assert main(["fly"]) == 2
+    assert "unknown command 'fly'" in capsys.readouterr().err
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "torch" in text and torch.__version__ in text and "native" in text and "triton" in text
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in [name for name in sys.modules if name.startswith("rpo_kernels.train")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["train"]) == 1
+    assert 'pip install "rpo-kernels[train]"' in capsys.readouterr().err
+
+
+def test_the_command_does_not_load_the_trainer_for_help():
+    code = "import sys, rpo_kernels.cli as cli; cli.main(['-h']); assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_demonstration_in_small(tmp_path, capsys):
+    assert main(["train", *SMALL]) == 0
+    text = capsys.readouterr().out
+    assert "held-out (4 groups)" in text and "rpo-demo/curves.png" in text
+    metrics = json.loads((tmp_path / "rpo-demo" / "metrics.json").read_text())
+    assert metrics["before"]["eval_accuracy"] == 0.5
+    for prefix in ("training", "eval"):
+        assert metrics["after"][f"{prefix}_loss"] < metrics["before"][f"{prefix}_loss"]
+    assert (tmp_path / "rpo-demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(tmp_path / "rpo-demo")
+    AutoTokenizer.from_pretrained(tmp_path / "rpo-demo")
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    """A directory with a tiny model and its tokenizer."""
+    from rpo_kernels.train.demo import tokenizer
+    from training import tiny_model
+
+    path = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def config(saved_model, tmp_path):
+    """A YAML file for pairs of messages."""
+    pairs = [
+        {
+            "prompt": [{"role": "user", "content": f"Count to {n}"}],
+            "chosen": [{"role": "assistant", "content": " ".join(map(str, range(1, n + 1)))}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+            "score_chosen": 2.0,
+            "score_rejected": -1.0,
+        }
+        for n in range(1, 9)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"model: {saved_model}\ntrain_data: pairs.jsonl\noutput_dir: out\nlearning_rate: 1.0e-2\nmax_length: 64\n"
+        "use_cpu: true\nsave_steps: 2\nlr_scheduler_type: constant\n"
+    )
+    return path
+
+
+def history(path, key="loss"):
+    return [entry[key] for entry in json.loads((path / "metrics.json").read_text())["history"] if key in entry]
+
+
+def test_own_model_and_data_interrupted_and_resumed(config, tmp_path, capsys):
+    assert main(["train", str(config)]) == 0
+    whole = history(tmp_path / "out")
+    assert len(whole) == 4
+    # A run stopped after two steps, then resumed: save_steps made a checkpoint there.
+    stopped = ["train", str(config), "--output-dir", "again"]
+    assert main([*stopped, "--max-steps", "2"]) == 0
+    capsys.readouterr()
+    assert main(stopped) == 1
+    assert "again holds checkpoints of an earlier run: continue it with --resume" in capsys.readouterr().err
+    assert main([*stopped, "--resume"]) == 0
+    assert history(tmp_path / "again") == whole
+
+
+def test_lora_with_another_reference(config, saved_model, tmp_path):
+    pytest.importorskip("peft")
+    argv = ["train", str(config), "--lora-rank", "4", "--ref-model", str(saved_model), "--objective", "dpo"]
+    assert main(argv) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["before"]["training_margin"] == pytest.approx(0, abs=1e-4)
+    assert metrics["after"]["training_loss"] < metrics["before"]["training_loss"]
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_bad_data_is_reported_without_a_traceback(config, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "chosen": "a"}\n')
+    assert main(["train", str(config), "--train-data", "bad.jsonl"]) == 1
+    assert "bad.jsonl:1: keys ['chosen', 'prompt'] fit no known form" in capsys.readouterr().err
+    assert main(["train", str(config), "--train-data", "absent.jsonl"]) == 1
+    assert "no preference data at absent.jsonl" in capsys.readouterr().err
+    assert main(["train", str(config), "--model", "absent.gguf"]) == 1
+    assert "no model file at absent.gguf" in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""From groups to padded batches: tokens, truncation, chat templates."""
+
+import pytest
+import torch
+
+from rpo_kernels.train import Group, GroupCollator, PreferenceDataset
+from rpo_kernels.train.demo import tokenizer
+from training import dataset, with_reference
+
+TOKENIZER = tokenizer()
+USER = [{"role": "user", "content": "Hi"}]
+
+
+def answer(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def encode(prompt, responses, max_length=1000, tok=TOKENIZER):
+    return PreferenceDataset([Group(prompt, responses, [1.0, 0.0])], tok, max_length)[0]
+
+
+def test_strings_are_the_prompt_then_the_response_then_its_end():
+    example = encode("Hi é", ["a", "bc"])
+    assert TOKENIZER.decode(example.prompt) == "Hi é"
+    assert [TOKENIZER.decode(r) for r in example.responses] == ["a</s>", "bc</s>"]
+    assert example.dropped_tokens == 0
+
+
+def test_empty_prompt_still_lets_the_first_token_be_predicted():
+    assert encode("", ["a", "b"]).prompt == [TOKENIZER.bos_token_id]
+
+
+def test_prompt_is_cut_from_the_left_first():
+    example = encode("0123456789", ["abc", "abcdef"], max_length=12)
+    # The longest response needs 7 tokens with its end, so 5 are left for the prompt; 6 are kept in any case.
+    assert TOKENIZER.decode(example.prompt) == "456789"
+    assert [TOKENIZER.decode(r) for r in example.responses] == ["abc</s>", "abcdef"]
+    assert example.dropped_tokens == 4 + 1
+
+
+def test_short_prompt_is_kept_whole_and_long_responses_cut_from_the_right():
+    example = encode("01", ["a" * 20, "b"], max_length=10)
+    assert TOKENIZER.decode(example.prompt) == "01"
+    assert [TOKENIZER.decode(r) for r in example.responses] == ["a" * 8, "b</s>"]
+    assert example.dropped_tokens == 13
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 7, 16, 64])
+def test_max_length_holds_and_cut_tokens_are_counted(max_length):
+    whole, cut = dataset(8, max_length=10**6), dataset(8, max_length=max_length)
+    for a, b in zip(whole.examples, cut.examples, strict=True):
+        assert all(len(b.prompt) >= 1 and len(b.prompt) + len(r) <= max_length for r in b.responses)
+        size = [len(e.prompt) + sum(map(len, e.responses)) for e in (a, b)]
+        assert b.dropped_tokens == size[0] - size[1]
+    with pytest.raises(ValueError, match="max_length must be at least 2"):
+        dataset(1, max_length=1)
+
+
+def test_chat_template_of_the_tokenizer_is_used():
+    tok = tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    example = encode(USER, [answer("Yo"), answer("No") + USER], tok=tok)
+    assert tok.decode(example.prompt) == "<user>Hi|<assistant>"
+    assert [tok.decode(r) for r in example.responses] == ["Yo|", "No|<user>Hi|"]
+
+
+def test_messages_without_a_chat_template_are_plain_lines():
+    example = encode(USER, [answer("Yo"), answer("No")])
+    assert TOKENIZER.decode(example.prompt) == "user: Hi\nassistant: "
+    assert [TOKENIZER.decode(r) for r in example.responses] == ["Yo\n", "No\n"]
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused():
+    tok = tokenizer()
+    tok.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="starts with its prompt"):
+        encode(USER, [answer("Yo"), answer("No")], tok=tok)
+
+
+def test_collator_pads_and_labels_responses_only():
+    data = with_reference(dataset(3, sizes=(2, 3)))
+    batch = GroupCollator(pad_token_id=0)(data.examples)
+    assert batch["group_sizes"] == [2, 3, 2] and batch["input_ids"].shape[0] == 7
+    row = 0
+    for example in data.examples:
+        for response, reward, ref in zip(example.responses, example.rewards, example.ref_logps, strict=True):
+            n, m = len(example.prompt), len(response)
+            padding = batch["input_ids"].shape[1] - n - m
+            assert batch["input_ids"][row].tolist() == example.prompt + response + [0] * padding
+            assert batch["labels"][row].tolist() == [-100] * n + response + [-100] * padding
+            assert batch["attention_mask"][row].tolist() == [1] * (n + m) + [0] * padding
+            torch.testing.assert_close(batch["rewards"][row].item(), reward, rtol=1e-6, atol=0)
+            torch.testing.assert_close(batch["ref_logps"][row].item(), ref, rtol=1e-6, atol=0)
+            row += 1
+    first_label = min(int((labels != -100).nonzero()[0]) for labels in batch["labels"])
+    assert batch["logits_to_keep"] == batch["input_ids"].shape[1] - first_label + 1
+
+
+def test_collator_without_reference():
+    assert "ref_logps" not in GroupCollator(0)(dataset(2).examples)

@@ -1,0 +1,236 @@
+"""RPOTrainer: its loss, gradients and metrics against direct computation; resuming; saving; two processes."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import two_processes
+from rpo_kernels import DPO, RPO, SimPO
+from rpo_kernels.objectives import agreement
+from rpo_kernels.train import RPOTrainer, attach_reference_logps
+from rpo_kernels.train.demo import tokenizer
+from training import arguments, dataset, parameters, tiny_model, with_reference
+
+
+def trainer(model, data, tmp_path, objective=RPO(beta=0.5), eval_data=None, **changes):
+    return RPOTrainer(
+        model, arguments(tmp_path, **changes), objective, data, eval_dataset=eval_data, processing_class=tokenizer()
+    )
+
+
+def direct_groups(model, data, objective):
+    """Per group: loss, implicit rewards, rewards, log-probabilities; one response at a time, in plain torch."""
+    rows = []
+    for example in data.examples:
+        logps = []
+        for response in example.responses:
+            ids = torch.tensor([example.prompt + response])
+            log_p = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            logps.append(log_p.gather(-1, ids[0, 1:, None])[len(example.prompt) - 1 :].sum())
+        logps = torch.stack(logps)
+        ratios = logps if objective.reference_free else logps - torch.tensor(example.ref_logps)
+        if objective.length_normalize:
+            ratios = ratios / torch.tensor([float(len(r)) for r in example.responses])
+        rewards = torch.tensor(example.rewards)
+        rows.append((objective(ratios[None], rewards[None])[0], objective.beta * ratios, rewards, logps))
+    return rows
+
+
+@pytest.mark.parametrize("sizes", [(3,), (2, 4, 3)], ids=["even", "ragged"])
+@pytest.mark.parametrize("objective", [RPO("sq", beta=0.5), DPO(), SimPO()], ids=["sq", "dpo", "simpo"])
+def test_evaluation_equals_direct_computation(tmp_path, objective, sizes):
+    model, data = tiny_model(), with_reference(dataset(5, sizes))
+    metrics = trainer(model, data, tmp_path, objective).evaluate(data)
+    model.eval()
+    with torch.no_grad():
+        rows = direct_groups(model, data, objective)
+    assert metrics["eval_loss"] == pytest.approx(torch.stack([row[0] for row in rows]).mean().item(), rel=1e-4)
+    agreeing, pairs, margins, best, worst = 0, 0, [], [], []
+    for _, implicit, rewards, logps in rows:
+        share, margin = agreement(implicit[None], rewards[None])
+        count = len(rewards) * (len(rewards) - 1) // 2
+        agreeing, pairs = agreeing + share.item() * count, pairs + count
+        margins.append(margin.item())
+        best.append(logps[rewards.argmax()].item())
+        worst.append(logps[rewards.argmin()].item())
+    assert metrics["eval_accuracy"] == pytest.approx(agreeing / pairs)
+    assert metrics["eval_margin"] == pytest.approx(sum(margins) / 5, rel=1e-3, abs=1e-5)
+    assert metrics["eval_logp_best"] == pytest.approx(sum(best) / 5, rel=1e-4)
+    assert metrics["eval_logp_worst"] == pytest.approx(sum(worst) / 5, rel=1e-4)
+    assert metrics["eval_scored_tokens"] == sum(len(r) for e in data.examples for r in e.responses)
+    assert metrics["eval_dropped_tokens"] == 0
+
+
+def test_one_step_is_the_direct_gradient_and_logs_the_direct_loss(tmp_path):
+    """Accumulation over micro-batches of 2, 2 and 1 ragged groups: one SGD step on the mean over all 5."""
+    data, objective = with_reference(dataset(5, (2, 4, 3), max_length=14)), RPO(beta=0.5)
+    model, expected = tiny_model(), tiny_model()
+    torch.stack([row[0] for row in direct_groups(expected, data, objective)]).mean().backward()
+    with torch.no_grad():
+        loss = torch.stack([row[0] for row in direct_groups(expected, data, objective)]).mean().item()
+        for parameter in expected.parameters():
+            parameter -= 0.1 * parameter.grad
+    changes = dict(gradient_accumulation_steps=3, optim="sgd", learning_rate=0.1, max_grad_norm=0.0)
+    run = trainer(model, data, tmp_path, objective, **changes)
+    run.train()
+    torch.testing.assert_close(parameters(model), parameters(expected), rtol=1e-4, atol=1e-6)
+    (log,) = [entry for entry in run.state.log_history if "loss" in entry]
+    assert log["loss"] == pytest.approx(loss, rel=1e-4)
+    assert log["scored_tokens"] == sum(len(r) for e in data.examples for r in e.responses)
+    assert log["dropped_tokens"] == sum(e.dropped_tokens for e in data.examples) > 0
+    assert 0 <= log["accuracy"] <= 1 and log["logp_best"] < 0
+
+
+def test_accumulation_does_not_change_training(tmp_path):
+    """Ten groups in steps of six and four, however they are split: the smaller last step is a mean as well."""
+    data, losses, models = with_reference(dataset(10)), [], []
+    for batch in (6, 3, 2, 1):
+        models.append(tiny_model())
+        changes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=6 // batch, optim="sgd")
+        run = trainer(models[-1], data, tmp_path, **changes)
+        run.train()
+        losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 2
+    for split, model in zip(losses[1:], models[1:], strict=True):
+        assert split == pytest.approx(losses[0], rel=1e-4)
+        torch.testing.assert_close(parameters(model), parameters(models[0]), rtol=1e-4, atol=1e-6)
+
+
+def test_training_improves_accuracy_with_every_logged_metric(tmp_path):
+    data = with_reference(dataset(6))
+    run = trainer(tiny_model(), data, tmp_path, num_train_epochs=5, eval_data=data, eval_strategy="epoch")
+    before = run.evaluate()
+    run.train()
+    after = run.evaluate()
+    assert after["eval_loss"] < before["eval_loss"] and after["eval_accuracy"] > before["eval_accuracy"]
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    keys = {"loss", "accuracy", "margin", "logp_best", "logp_worst", "scored_tokens", "dropped_tokens"}
+    assert all(keys <= set(entry) for entry in logs)
+    evaluations = [entry for entry in run.state.log_history if "eval_loss" in entry]
+    assert len(evaluations) == 6 and all({f"eval_{key}" for key in keys} <= set(entry) for entry in evaluations)
+
+
+def test_log_covers_all_groups_since_the_last(tmp_path):
+    data = with_reference(dataset(7))
+    run = trainer(tiny_model(), data, tmp_path, logging_steps=4, learning_rate=0.0)
+    run.train()
+    (log,) = [entry for entry in run.state.log_history if "loss" in entry]
+    whole = run.evaluate(data)
+    assert log["accuracy"] == pytest.approx(whole["eval_accuracy"])
+    assert log["margin"] == pytest.approx(whole["eval_margin"], rel=1e-4)
+    assert log["scored_tokens"] == whole["eval_scored_tokens"]
+
+
+class Interrupt(Exception):
+    pass
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_resumed_run_equals_uninterrupted_run(tmp_path, lora):
+    if lora:
+        peft = pytest.importorskip("peft")
+
+    def model():
+        made = tiny_model(attention_dropout=0.1)
+        return peft.get_peft_model(made, peft.LoraConfig(r=2, target_modules="all-linear")) if lora else made
+
+    data = with_reference(dataset(8))
+    changes = dict(num_train_epochs=2, save_strategy="steps", save_steps=3, lr_scheduler_type="cosine")
+    whole = trainer(model(), data, tmp_path / "whole", **changes)
+    whole.train()
+
+    broken = trainer(model(), data, tmp_path / "broken", **changes)
+    step = broken.training_step
+
+    def fails_at_fifth(*args, **kwargs):
+        if broken.state.global_step == 5:
+            raise Interrupt
+        return step(*args, **kwargs)
+
+    broken.training_step = fails_at_fifth
+    with pytest.raises(Interrupt):
+        broken.train()
+    resumed = trainer(model(), data, tmp_path / "broken", **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-3"))
+
+    losses = [[e["loss"] for e in run.state.log_history if "loss" in e] for run in (whole, resumed)]
+    assert len(losses[0]) == 8 and losses[0] == losses[1]
+    torch.testing.assert_close(parameters(resumed.model), parameters(whole.model), rtol=0, atol=0)
+
+
+def test_saved_model_loads_with_from_pretrained(tmp_path):
+    data = with_reference(dataset(4))
+    run = trainer(tiny_model(), data, tmp_path)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    tok = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    text = "Wie spät ist es? Drei - oder vier."
+    assert tok.decode(tok(text)["input_ids"]) == text
+    assert tok(text)["input_ids"] == tokenizer()(text)["input_ids"] and tok.pad_token_id == 0
+    ids = torch.tensor([tok(text)["input_ids"]])
+    run.model.eval()
+    torch.testing.assert_close(model(ids).logits, run.model(ids).logits)
+
+
+def test_missing_reference_is_named(tmp_path):
+    run = trainer(tiny_model(), dataset(3), tmp_path)
+    for act in (run.train, lambda: run.evaluate(dataset(2))):
+        with pytest.raises(ValueError, match=r"groups have no reference log-probabilities.*attach_reference_logps"):
+            act()
+
+
+def test_dropped_columns_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"args\.remove_unused_columns must be False"):
+        trainer(tiny_model(), dataset(3), tmp_path, remove_unused_columns=True)
+
+
+def test_user_objective(tmp_path):
+    data = with_reference(dataset(4))
+    metrics = trainer(tiny_model(), data, tmp_path, lambda ratios, rewards, present: ratios.square().mean(-1))
+    assert math.isfinite(metrics.evaluate(data)["eval_loss"])
+
+
+def test_mixed_precision_starts_at_the_reference(tmp_path):
+    model, data = tiny_model(), dataset(4)
+    run = trainer(model, data, tmp_path, bf16=True, num_train_epochs=6)
+    attach_reference_logps([data], model, run.args, cache_dir=tmp_path)
+    metrics = run.evaluate(data)
+    assert metrics["eval_accuracy"] == 0.5 and metrics["eval_margin"] == 0
+    run.train()
+    assert run.evaluate(data)["eval_loss"] < metrics["eval_loss"]
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Ragged groups in steps of four: gradients, logs, evaluation and reference over both processes."""
+    script, out = Path(two_processes.__file__), tmp_path / "two"
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])
+    workers = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": path}
+        with open(tmp_path / f"{rank}.log", "w") as log:
+            workers.append(subprocess.Popen([sys.executable, script, out], env=environment, stdout=log, stderr=log))
+    one = two_processes.run(tmp_path / "one")
+    try:
+        codes = [worker.wait(timeout=300) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert codes == [0, 0], (tmp_path / "0.log").read_text()[-3000:]
+    two = json.loads((out / "result.json").read_text())
+    assert set(two) == set(one)
+    for name in one:
+        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name

@@ -1,0 +1,34 @@
+"""Train and evaluate in this process, alone or as one of several: what test_train_trainer compares."""
+
+import json
+import sys
+from pathlib import Path
+
+from rpo_kernels import RPO
+from rpo_kernels.train import RPOTrainer, attach_reference_logps
+from rpo_kernels.train.demo import tokenizer
+from training import arguments, dataset, parameters, tiny_model
+
+METRICS = ("loss", "accuracy", "margin", "logp_best", "logp_worst", "scored_tokens", "dropped_tokens")
+
+
+def run(out: Path) -> dict:
+    """Two steps of four groups each, over however many processes there are; what the main process saw."""
+    args = arguments(out, ddp_backend="gloo", optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_steps=2)
+    args.gradient_accumulation_steps = 2 // args.world_size
+    train, held_out = dataset(8, (2, 4, 3)), dataset(7, (3, 2), seed=1)
+    computed = attach_reference_logps([train, held_out], tiny_model(seed=1), args, cache_dir=out / "cache")
+    trainer = RPOTrainer(tiny_model(), args, RPO(beta=0.5), train, held_out, processing_class=tokenizer())
+    trainer.train()
+    evaluation = trainer.evaluate()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    result = {f"step {entry['step']} {name}": entry[name] for entry in logs for name in METRICS}
+    result |= {f"evaluation {name}": evaluation[f"eval_{name}"] for name in METRICS}
+    result |= {"computed": computed, "some parameters": parameters(trainer.model)[::997].tolist()}
+    if trainer.is_world_process_zero():
+        (out / "result.json").write_text(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
