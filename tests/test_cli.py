@@ -10,16 +10,8 @@ import torch
 from rpo_kernels.cli import COMMANDS, main
 
 pytest.importorskip("transformers")
-SMALL = [
-    "--max_train_groups",
-    "12",
-    "--max_eval_groups",
-    "4",
-    "--per_device_train_batch_size",
-    "4",
-    "--warmup_steps",
-    "0",
-]
+SMALL = ["--max_train_groups", "12", "--max_eval_groups", "4"]
+SMALL += ["--per_device_train_batch_size", "4", "--warmup_steps", "0"]
 
 
 @pytest.fixture(autouse=True)
