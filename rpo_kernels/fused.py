@@ -108,12 +108,11 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_groups: Tensor | None, gr
     labels, token_weights, cu_seqlens, index, coef = ctx.saved_tensors
     segments, groups = _structure(cu_seqlens, index, ctx.layout)
     grad = grad_sums
-    for per_group in (
-        None if grad_loss is None else grad_loss / groups.count,
-        None if grad_groups is None else groups.spread(grad_groups, segments.count),
-    ):
-        if per_group is not None:
-            grad = per_group * coef if grad is None else torch.addcmul(grad, per_group, coef)
+    if grad_groups is not None:
+        per_group = groups.spread(grad_groups * groups.count, segments.count)
+        grad_loss = per_group if grad_loss is None else grad_loss + per_group
+    if grad_loss is not None:
+        grad = grad_loss * coef if grad is None else torch.addcmul(grad, grad_loss, coef)
     if grad is not None:
         grad = segments.spread(grad, labels)
         grad = grad if token_weights is None else grad * token_weights

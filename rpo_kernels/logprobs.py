@@ -128,6 +128,7 @@ def _fake_grad_(logits, *_):
 
 def _setup_context(ctx, inputs, output):
     logits, labels, *options, inplace_backward, backend = inputs
+    ctx.set_materialize_grads(False)  # or zeros would be made for max and sumexp
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(logits, labels, *output)
     ctx.constants = (*options, backend)
@@ -135,6 +136,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_logps, *_):
+    if grad_logps is None:
+        return (None,) * 9
     logits, *saved = ctx.saved_tensors
     if ctx.inplace_backward:
         torch.ops.rpo_kernels.token_logprobs_grad_(logits, *saved, grad_logps, *ctx.constants)

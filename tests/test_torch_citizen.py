@@ -41,6 +41,24 @@ def test_opcheck_of_the_gradient(backend, backend_device, name):
     torch.library.opcheck(getattr(OPS, name), (logits, labels, *stats, torch.ones_like(stats[0]), *CONSTANTS, backend))
 
 
+def test_opcheck_of_the_fused_objective(live_backend):
+    _, device = live_backend("triton")
+    *_, labels, rewards, ref = make(device)
+    logps = -torch.rand(labels.shape).to(device).requires_grad_()
+    family = ("bwd_kl", 0.1, 1.0, 0.0, None, True)
+    for weights, offsets, index, layout in [
+        (None, None, None, [4, 2, 2, 2, 1]),
+        (
+            torch.rand(labels.shape).to(device),
+            None,
+            torch.tensor([[0, 2, 3], [1, -1, -1]], device=device),
+            [4, 2, 3, 0, 0],
+        ),
+    ]:
+        arguments = (logps, labels, rewards, ref, weights, offsets, index, layout, *family, -100, True)
+        torch.library.opcheck(OPS.rpo_reduce, arguments, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("layout", ["padded", "packed", "ragged"])
 def test_compiles_to_one_graph(backend, backend_device, layout, inplace):

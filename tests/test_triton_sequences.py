@@ -76,7 +76,7 @@ def reference(token_logps, labels, rewards, members, objective, ref_logps, weigh
     if objective.length_normalize:
         implicit = implicit / lengths.clamp(min=1)
     losses = torch.stack([reference_group_loss(implicit[m], rewards[m].double(), objective) for m in members])
-    losses.sum().backward()
+    losses.mean().backward()
     implicit = implicit.detach()
 
     scores, spreads = [], []
@@ -286,7 +286,7 @@ def test_agrees_with_the_torch_objective(device, name, is_ragged):
     sums = result.logps.clone().requires_grad_()
     lengths = (labels != -100).sum(-1).clamp(min=1) if objective.length_normalize else 1
     losses = objective(groups.gather(sums / lengths), groups.gather(rewards), groups.present)
-    losses.sum().backward()
+    losses.mean().backward()
     torch.testing.assert_close(result.group_losses, losses.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(result.coef, sums.grad, rtol=1e-5, atol=1e-6)
 

@@ -64,7 +64,7 @@ class SequenceReduction(NamedTuple):
     implicit_rewards: Tensor  # [B] beta * log-ratio
     accuracy: Tensor  # scalar, as objectives.agreement
     margin: Tensor  # scalar, as objectives.agreement
-    coef: Tensor  # [B] d group_loss / d logps
+    coef: Tensor  # [B] d loss / d logps
 
 
 class Tokens(NamedTuple):
@@ -207,7 +207,7 @@ def sequence_reduce_kernel(
         implicit = tl.load(out.implicit_rewards + sequence, mask=present, other=0.0)
         reward = tl.load(rewards + sequence, mask=present, other=0.0).to(tl.float32)
         loss, coef = _objective(implicit, reward, present, eta, margin, target_margin, DISTANCE, TARGET)
-        coef *= beta
+        coef *= beta / num_groups
         if lengths is not None:
             coef /= tl.load(lengths + sequence, mask=present, other=1.0)
         tl.store(out.group_losses + group, loss, mask=group < num_groups)
