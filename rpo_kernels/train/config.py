@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -129,12 +130,30 @@ class Settings(NamedTuple):
     training: RPOArguments
 
 
+class _Help(ArgumentDefaultsHelpFormatter):
+    """Names each flag once, and a default only where there is one."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        values = "" if action.nargs == 0 else self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{action.option_strings[-1]} {values}"
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(HfArgumentParser):
     """HfArgumentParser that takes a YAML file first, and refuses unknown settings."""
 
     def __init__(self) -> None:
         super().__init__(
-            list(Settings.__annotations__.values()), usage=USAGE, description=DESCRIPTION, allow_abbrev=False
+            list(Settings.__annotations__.values()),
+            usage=USAGE,
+            description=DESCRIPTION,
+            formatter_class=_Help,
+            allow_abbrev=False,
         )
 
     def settings(self, argv: Sequence[str]) -> Settings:
