@@ -150,6 +150,8 @@ def _forward(
     options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
     rows = head_tiles.find_rows(labels, vocab, options)
     head = Head(hidden, weight, bias, options, backend)
+    if not (needs_hidden or needs_weight):
+        gradient_filter = None
     plan = memory_plan(
         len(rows.positions),
         width,
@@ -217,11 +219,14 @@ def _fake_grad(hidden, weight, bias, labels, grad_logps, *rest):
 def _setup_context(ctx, inputs, output):
     hidden, weight, bias, labels, *constants = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros the size of what is kept
     ctx.save_for_backward(hidden, weight, bias, labels, *output[2:])
     *ctx.options, _, _, _, _, ctx.backend = constants
 
 
 def _backward(ctx, grad_logps, *_):
+    if grad_logps is None:
+        return (None,) * 14
     hidden, weight, bias, labels, *saved = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     gradients = torch.ops.rpo_kernels.linear_token_logprobs_grad(

@@ -19,10 +19,7 @@ from torch import Tensor
 
 from .kernels import dispatch
 from .kernels.contract import ActiveColumns, RowStats, TokenOptions
-from .plan import EDGE, MemoryPlan, operand_dtype
-
-# Above this share of active columns, a dense product over all of them costs less than gathering.
-_DENSE_SHARE = 0.6
+from .plan import DENSE_SHARE, EDGE, MemoryPlan, operand_dtype
 
 
 class Head(NamedTuple):
@@ -242,7 +239,9 @@ def forward(
             chunk.read(tile, logits)
             if needs_hidden or tile < store.tiles:
                 chunk.differentiate(tile, logits, weight, store)
-        log_scale[:, span] = chunk.finish(stats[:, span])[: store.tiles]
+        stats[:3, span] = chunk.stats()
+        if needs_hidden or store.tiles:
+            stats[3, span] = chunk.add_label_gain(log_scale[:, span])
         if chunk.dropped is not None:
             dropped[span] = chunk.dropped
         if chunk.gradient is not None:
@@ -286,19 +285,24 @@ class _Chunk:
         if self.gradient is not None:
             _add_product(self.gradient, unit, weight)
 
-    def finish(self, stats: Tensor) -> Tensor:
-        """Add the labels' gains, fill the chunk's part of `Saved.stats`, return log s of each tile `[tiles, n]`."""
+    def stats(self) -> Tensor:
+        """The rows' finished log-probability, maximum and sum of exponentials, `[3, n]`."""
         assert self.running is not None
-        log_scale = _log_scale(self.history, self.history[:, -1:])
+        return torch.cat((self.running.logp, self.running.max, self.running.sumexp))
+
+    def add_label_gain(self, log_scale: Tensor) -> Tensor:
+        """Add the label's gain to the gradient and write log s of the first tiles; returns the gain `[n]`."""
+        assert self.running is not None
+        all_scales = _log_scale(self.history, self.history[:, -1:])
+        log_scale.copy_(all_scales[: len(log_scale)])
         column = self.labels.clamp(0, len(self.head.weight) - 1)
-        log_s = log_scale.gather(0, (column // self.schedule.sizes[3])[None])[0]
-        gain = -torch.expm1(log_s) * _slope(self.running.label_logit[0], self.head.options)
+        label_scale = all_scales.gather(0, (column // self.schedule.sizes[3])[None])[0]
+        gain = -torch.expm1(label_scale) * _slope(self.running.label_logit[0], self.head.options)
         gain = torch.where(column == self.labels, gain, 0)  # a label out of range has no column
         if self.gradient is not None:
-            self.gradient += gain[:, None] * self.head.weight.index_select(0, column)
-        for row, value in zip(stats, (self.running.logp, self.running.max, self.running.sumexp, gain)):
-            row.copy_(value.view(-1))
-        return log_scale
+            rows = self.head.weight.index_select(0, column).to(self.gradient.dtype)
+            self.gradient.addcmul_(gain[:, None], rows)
+        return gain
 
     def _shrink_sums(self, tile: int) -> None:
         """Bring the sums from the softmax after the tile before to that after this one."""
@@ -333,7 +337,7 @@ class _Chunk:
         own = self.schedule.label_rows(self.span, tile)
         own_columns = self.labels[own.start - self.span.start : own.stop - self.span.start] - first
         columns = active.mask.index_fill_(0, own_columns, 1).nonzero().squeeze(1)
-        if len(columns) > _DENSE_SHARE * logits.shape[1]:
+        if len(columns) > DENSE_SHARE * logits.shape[1]:
             kept = store.place(self.number, tile)
         else:
             kept = store.place(self.number, tile, columns)
@@ -353,8 +357,7 @@ def backward_hidden(head: Head, saved: Saved, grad_logps: Tensor) -> Tensor:
     gradient = torch.zeros_like(head.hidden)
     index, factor = saved.positions - int(head.options.shift), grad_logps.flatten()[saved.positions]
     for span in Schedule.load(saved.schedule).chunks:
-        share = saved.unit[span] * factor[span, None]
-        gradient.index_copy_(0, index[span], share.to(gradient.dtype))
+        gradient.index_copy_(0, index[span], (saved.unit[span] * factor[span, None]).to(gradient.dtype))
     return gradient
 
 
@@ -362,42 +365,51 @@ def backward_weight(
     head: Head, saved: Saved, labels: Tensor, grad_logps: Tensor, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight `[V, H]` and the bias `[V]`; empty where not needed."""
-    schedule = Schedule.load(saved.schedule)
-    scratch = _Scratch(head, schedule)
-    hidden = head.gather(saved.positions)
-    labels, factor = labels.flatten()[saved.positions], grad_logps.flatten()[saved.positions]
     gradients = (
         torch.zeros_like(head.weight) if needs_weight else head.weight.new_empty(0),
         head.weight.new_zeros(len(head.weight)) if needs_bias else head.weight.new_empty(0),
     )
+    schedule = Schedule.load(saved.schedule)
+    scratch = _Scratch(head, schedule)
+    hidden = head.gather(saved.positions)
+    labels, factor = labels.flatten()[saved.positions], grad_logps.flatten()[saved.positions]
     # dW = U^T (c hidden) and db = U^T c.
-    wanted = [(gradients[0], hidden)] * needs_weight + [
-        (gradients[1][:, None], hidden.new_ones(len(hidden), 1))
-    ] * needs_bias
+    wanted = []
+    if needs_weight:
+        wanted.append((_TileSum(gradients[0], schedule, head.exact_dtype), hidden))
+    if needs_bias:
+        wanted.append((_TileSum(gradients[1][:, None], schedule, head.exact_dtype), hidden.new_ones(len(hidden), 1)))
     for tile, columns in enumerate(schedule.tiles):
-        sums = [_Sum(gradient[columns], head.exact_dtype) for gradient, _ in wanted]
+        for total, _ in wanted:
+            total.begin(columns)
         for rows, place in _pieces(head, saved, schedule, tile):
             unit, active = _recall(head, saved, labels, hidden, schedule, scratch, tile, rows, place)
             kept = place.offset >= 0
             scale = factor[rows] * saved.log_scale[tile, rows].exp() if kept else factor[rows]
-            for total, (_, right) in zip(sums, wanted):
+            for total, right in wanted:
                 total.add(unit.T, (right[rows] * scale[:, None]).to(unit.dtype), active)
             own = schedule.label_rows(rows, tile)
             if kept and own.stop > own.start:
                 gain = saved.stats[3, own] * factor[own]
-                for total, (_, right) in zip(sums, wanted):
+                for total, right in wanted:
                     total.add_rows(labels[own] - columns.start, right[own] * gain[:, None])
-        for total in sums:
+        for total, _ in wanted:
             total.finish()
     return gradients
 
 
-class _Sum:
-    """The gradient of one tile, summed exactly and rounded once."""
+class _TileSum:
+    """The gradient's tile at hand, summed exactly and rounded once."""
 
-    def __init__(self, out: Tensor, dtype: torch.dtype):
-        self.out = out
-        self.exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    def __init__(self, gradient: Tensor, schedule: Schedule, dtype: torch.dtype):
+        self.gradient = gradient
+        columns = min(schedule.sizes[1], schedule.sizes[3])
+        self.memory = None if gradient.dtype == dtype else gradient.new_empty(columns, gradient.shape[1], dtype=dtype)
+
+    def begin(self, columns: slice) -> None:
+        """Turn to another tile."""
+        self.out = self.gradient[columns]
+        self.exact = self.out if self.memory is None else self.memory[: len(self.out)]
         self.empty = True
 
     def add(self, left: Tensor, right: Tensor, rows: Tensor | None) -> None:
@@ -405,7 +417,7 @@ class _Sum:
         if rows is not None:
             product = left.new_empty(len(left), right.shape[1], dtype=self.exact.dtype)
             _multiply(left, right, product)
-            self._begin().index_add_(0, rows, product)
+            self._filled().index_add_(0, rows, product)
         elif self.empty:
             _multiply(left, right, self.exact)
         else:
@@ -415,16 +427,16 @@ class _Sum:
     def add_rows(self, index: Tensor, values: Tensor) -> None:
         """Add values to rows, of which one may occur often; in a fixed order."""
         if values.is_cuda:
-            self._begin().index_put_((index,), values, accumulate=True)
+            self._filled().index_put_((index,), values, accumulate=True)
         else:
-            self._begin().index_add_(0, index, values)
+            self._filled().index_add_(0, index, values)
 
     def finish(self) -> None:
         """Round to the gradient's dtype."""
         if self.exact is not self.out:
-            self.out.copy_(self._begin())
+            self.out.copy_(self._filled())
 
-    def _begin(self) -> Tensor:
+    def _filled(self) -> Tensor:
         if self.empty:
             self.exact.zero_()
             self.empty = False
@@ -477,8 +489,8 @@ def _spans(total: int, step: int) -> list[slice]:
 
 def _log_scale(before: Tensor, after: Tensor) -> Tensor:
     """log of sum-exp before over sum-exp after, from `[2, ...]` maxima and sums; -inf where nothing came before."""
-    ratio = (before[0] - after[0]) + (before[1] / after[1]).log()
-    return torch.where(before[0] == -torch.inf, -torch.inf, ratio)
+    scale = (before[0] - after[0]).add_((before[1] / after[1]).log_())
+    return scale.masked_fill_(before[0] == -torch.inf, -torch.inf)
 
 
 def _defined(stats: RowStats) -> RowStats:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 EDGE = 256  # tiles of the vocabulary begin at multiples of this
+DENSE_SHARE = 0.6  # above this share of active columns, a dense product over all costs less than gathering them
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 # Rows a chunk and columns a tile before the budget speaks: large enough for GEMMs at full rate, small enough that a
 # tile of logits is still in the last-level cache when the row kernels read it.
@@ -19,6 +20,7 @@ _ACCELERATOR_SHAPE = (2048, 8192)
 _SMALLEST_ROWS, _SMALLEST_COLUMNS = 128, EDGE
 # Tiles' worth of temporaries (in float32 or better) that the plain torch definition makes beside the tile itself.
 _DEFINITION_TEMPORARIES = 5
+_SMALL = 2048  # tensors of a few numbers
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,14 @@ def memory_plan(
     tiles = math.ceil(vocab / tile)
     kept = 0
     if needs_weight:
-        spare = budget - max(work.forward_bytes(chunk, tile, 0), work.backward_bytes(chunk, tile, 0))
-        kept = max(0, min(tiles, spare // max(1, work.kept_tile_bytes(tile))))
+        kept = next(n for n in range(tiles, -1, -1) if n == 0 or work.peak_bytes(chunk, tile, n) <= budget)
     recomputed = 1 - min(1.0, kept * tile / vocab)
     return MemoryPlan(
         chunk_rows=chunk,
         tile_columns=tile,
         tiles=tiles,
         kept_tiles=kept,
-        kept_bytes=work.kept_bytes(tile, kept),
+        kept_bytes=work.kept_bytes(chunk, tile, kept),
         forward_bytes=work.forward_bytes(chunk, tile, kept),
         backward_bytes=work.backward_bytes(chunk, tile, kept),
         gradient_bytes=work.gradient_bytes(),
@@ -180,48 +181,77 @@ class _Work:
     filtered: bool
     defined: bool
 
+    def peak_bytes(self, chunk: int, tile: int, kept: int) -> int:
+        return max(self.forward_bytes(chunk, tile, kept), self.backward_bytes(chunk, tile, kept))
+
     def forward_bytes(self, chunk: int, tile: int, kept: int) -> int:
-        needs_gradient = self.needs_hidden or self.needs_weight
-        tiles = math.ceil(self.vocab / tile)
-        per_row = self.hidden * self.operand + 16 * self.exact
-        if needs_gradient:
-            per_row += 2 * tiles * self.exact
-        if self.needs_hidden:
-            # The accumulated gradient, and at the end of a chunk the labels' rows of the weight.
-            per_row += self.hidden * (2 * self.exact + self.item)
-        else:
-            per_row += self.hidden * self.item * (self.item != self.operand)
-        return self.kept_bytes(tile, kept) + self._tile_bytes(chunk, tile) + chunk * per_row
+        """Peak of the forward pass: while tiles are walked, or at a chunk's end."""
+        size = self.exact
+        history = 2 * math.ceil(self.vocab / tile) * chunk * size
+        walking = 14 * chunk * size + self._filter_bytes(chunk, tile)
+        labels_rows = chunk * self.hidden * (size + self.item * (self.item != size)) * self.needs_hidden
+        ending = history + labels_rows if self.needs_hidden or kept else 0
+        gathering = chunk * self.hidden * self.item * self.converts
+        gradient = chunk * self.hidden * size * self.needs_hidden
+        of_chunk = chunk * self.hidden * self.operand + max(gathering, history + gradient + max(walking, ending))
+        labels = self.rows * (8 + size) + self.positions * size
+        return self.kept_bytes(chunk, tile, kept) + labels + self._scratch_bytes(chunk, tile) + of_chunk
 
     def backward_bytes(self, chunk: int, tile: int, kept: int) -> int:
+        """Peak of the backward pass: in the weight's gradient, or in the hidden states'."""
+        saved = self.kept_bytes(chunk, tile, kept) + self.rows * (16 + self.exact)
+        share = chunk * self.hidden * self.exact * (1 + (self.item != self.exact)) * self.needs_hidden
         if not self.needs_weight:
-            return self.kept_bytes(tile, kept) + self.rows * self.hidden * self.exact
+            return saved + share
         gathered = self.rows * self.hidden * self.operand
-        scaled = chunk * self.hidden * self.operand
-        gradient = tile * self.hidden * self.exact
-        return self.kept_bytes(tile, kept) + self._tile_bytes(chunk, tile) + gathered + scaled + gradient
+        gathering = self.rows * self.hidden * self.item * self.converts
+        # Without conversion, all rows of a kept tile are multiplied at once.
+        together = self.rows if kept and not self.converts and not self.filtered else chunk
+        scaled = together * (self.hidden * (self.exact + self.operand * (self.operand != self.exact)) + 3 * self.exact)
+        gradient = self._columns(tile) * self.hidden * self.exact * ((self.item != self.exact) + self.filtered)
+        of_tile = max(gathering, scaled + gradient + self._definition_bytes(chunk, tile))
+        return saved + max(share, self._scratch_bytes(chunk, tile) + gathered + of_tile)
 
-    def kept_bytes(self, tile: int, kept: int) -> int:
-        size = self.positions * 8 + self.rows * 8 * self.exact
-        if self.needs_hidden:
-            size += self.rows * self.hidden * self.item
-        return size + kept * self.kept_tile_bytes(tile)
-
-    def kept_tile_bytes(self, tile: int) -> int:
-        return self.rows * (tile * self.item + self.exact)
+    def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
+        """What waits between the passes."""
+        places = math.ceil(self.rows / chunk) * math.ceil(self.vocab / tile)
+        size = _SMALL + 24 * places + self.rows * (8 + 4 * self.exact) + self.positions * self.exact
+        size += self.rows * self.hidden * self.item * self.needs_hidden
+        if self.filtered and kept:
+            # Any tile may be kept in part; its columns are listed.
+            size += math.ceil(self.rows / chunk) * self.vocab * 4
+            size += (math.ceil(self.vocab / tile) - kept) * self.rows * self.exact
+        return size + self.rows * (min(self.vocab, kept * tile) * self.item + kept * self.exact)
 
     def gradient_bytes(self) -> int:
         hidden = self.positions * self.hidden * self.item * self.needs_hidden
         return hidden + self.vocab * self.hidden * self.item * self.needs_weight
 
-    def _tile_bytes(self, chunk: int, tile: int) -> int:
-        logits = chunk * tile * self.exact
-        weight = tile * self.hidden * self.operand * (self.operand != self.item)
-        if self.filtered:
-            logits, weight = 2 * logits, weight + tile * self.hidden * self.operand
-        if self.defined:
-            logits += _DEFINITION_TEMPORARIES * chunk * tile * self.exact
-        return logits + weight
+    @property
+    def converts(self) -> bool:
+        return self.operand != self.item
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.needs_hidden or self.needs_weight
+
+    def _columns(self, tile: int) -> int:
+        return min(tile, self.vocab)
+
+    def _scratch_bytes(self, chunk: int, tile: int) -> int:
+        weight = self._columns(tile) * self.hidden * self.operand * self.converts
+        return chunk * self._columns(tile) * self.exact + weight
+
+    def _filter_bytes(self, chunk: int, tile: int) -> int:
+        """What a pass over a tile makes beside it."""
+        if not self.filtered or not self.needs_gradient:
+            return self._definition_bytes(chunk, tile)
+        columns = self._columns(tile)
+        gathered = DENSE_SHARE * columns * (chunk + self.hidden) * self.operand
+        return max(math.ceil(gathered) + 16 * columns, self._definition_bytes(chunk, tile))
+
+    def _definition_bytes(self, chunk: int, tile: int) -> int:
+        return _DEFINITION_TEMPORARIES * chunk * self._columns(tile) * self.exact * self.defined
 
 
 def _shape(work: _Work, budget: int, device_type: str) -> tuple[int, int]:
@@ -232,8 +262,7 @@ def _shape(work: _Work, budget: int, device_type: str) -> tuple[int, int]:
     smallest_chunk = min(chunk, _SMALLEST_ROWS)
 
     def too_large() -> bool:
-        peak = max(work.forward_bytes(chunk, tile, 0), work.backward_bytes(chunk, tile, 0))
-        return peak > budget // 2
+        return work.peak_bytes(chunk, tile, 0) > budget // 2
 
     while too_large() and (tile > _SMALLEST_COLUMNS or chunk > smallest_chunk):
         if tile > _SMALLEST_COLUMNS and (tile * 2 > chunk or chunk <= smallest_chunk):
