@@ -71,19 +71,21 @@ def row_stats(
         return stats
     columns = logits.shape[-1]
     tiling = choose_tiling(labels.numel(), columns, 16 // logits.itemsize, _processors(logits))
-    split = tiling.splits > 1
-    partial = logits.new_empty((4 if extras else 2, tiling.splits, labels.numel()), dtype=torch.float32)
+    partial = None
+    if tiling.splits > 1:
+        fields = 4 if extras else 2
+        partial = logits.new_empty((fields, tiling.splits, labels.numel()), dtype=torch.float32)
     scalars = (*labels.shape[1:], columns, first_column, options.ignore_index, *_scales(options))
     flags = dict(SOFTCAP=options.softcap is not None, SHIFT=options.shift, EXTRAS=extras, RUNNING=running is not None)
     grid = (labels.numel(), tiling.splits)
     with torch.cuda.device_of(logits):
         row_stats_kernel[grid](
-            *(logits, labels, stats, partial if split else None),
+            *(logits, labels, stats, partial),
             *(logits.stride()[:2], labels.stride(), *scalars, _blocks(columns, tiling)),
             **flags,
             **_constants(tiling),
         )
-        if split:
+        if partial is not None:
             combine_kernel[grid[:1]](
                 *(logits, labels, stats, partial, logits.stride()[:2], labels.stride(), *scalars),
                 **flags,
