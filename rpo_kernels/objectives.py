@@ -166,7 +166,7 @@ def _log_softmax(x: Tensor, present: Tensor) -> Tensor:
 
 def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum_k p_k (log p_k - log q_k), where 0 log 0 = 0 in value and gradient."""
-    some = p > 0
+    some = p != 0  # true of NaN, which must not pass for 0
     gap = torch.where(some, log_p, 0) - torch.where(some, log_q, 0)
     return torch.where(some, p * gap, 0).sum(-1)
 

@@ -155,6 +155,14 @@ def test_losses_are_finite_not_negative_and_blind_to_a_common_shift(size, distan
     torch.testing.assert_close(objective(ratios + shift, rewards - shift), losses, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("objective", [*map(RPO, DISTANCES), DPO()], ids=repr)
+def test_a_reward_that_is_no_number_shows(objective):
+    rewards = draw(2, 3, seed=1)
+    rewards[0, 1] = math.nan
+    losses = objective(draw(2, 3), rewards)
+    assert losses[0].isnan() and losses[1].isfinite()
+
+
 def test_accuracy_and_margin():
     rewards = torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 0.0]])
     implicit = torch.tensor([[0.5, 0.1, 0.9], [2.0, -1.0, 2.0]])
