@@ -138,3 +138,5 @@ def test_bad_data_is_reported_without_a_traceback(config, tmp_path, capsys):
     assert "no preference data at absent.jsonl" in capsys.readouterr().err
     assert main(["train", str(config), "--model", "absent.gguf"]) == 1
     assert "no model file at absent.gguf" in capsys.readouterr().err
+    assert main(["train", str(config), "--model", "./absent"]) == 1
+    assert "./absent" in capsys.readouterr().err

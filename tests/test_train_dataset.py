@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rpo_kernels.train import Group, GroupCollator, PreferenceDataset
+from rpo_kernels.train import DataError, Group, GroupCollator, PreferenceDataset
 from rpo_kernels.train.demo import tokenizer
 from training import dataset, with_reference
 
@@ -76,7 +76,7 @@ def test_messages_without_a_chat_template_are_plain_lines():
 def test_a_template_that_rewrites_the_prompt_is_refused():
     tok = tokenizer()
     tok.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="starts with its prompt"):
+    with pytest.raises(DataError, match="starts with its prompt"):
         encode(USER, [answer("Yo"), answer("No")], tok=tok)
 
 

@@ -16,7 +16,9 @@ import two_processes
 from rpo_kernels import DPO, RPO, SimPO
 from rpo_kernels.objectives import agreement
 from rpo_kernels.train import RPOTrainer, attach_reference_logps
+from rpo_kernels.train.config import ModelArguments
 from rpo_kernels.train.demo import tokenizer
+from rpo_kernels.train.models import add_adapter
 from training import arguments, dataset, parameters, tiny_model, with_reference
 
 
@@ -207,6 +209,19 @@ def test_mixed_precision_starts_at_the_reference(tmp_path):
     assert metrics["eval_accuracy"] == 0.5 and metrics["eval_margin"] == 0
     run.train()
     assert run.evaluate(data)["eval_loss"] < metrics["eval_loss"]
+
+
+def test_lora_trains_under_gradient_checkpointing(tmp_path):
+    """The same gradients as without, although what is checkpointed starts at a frozen embedding."""
+    pytest.importorskip("peft")
+    data, trained = with_reference(dataset(4)), []
+    for checkpointing in (False, True):
+        model = add_adapter(tiny_model(), ModelArguments(lora_rank=2))
+        start = parameters(model)
+        trainer(model, data, tmp_path, gradient_checkpointing=checkpointing, optim="sgd", learning_rate=1.0).train()
+        trained.append(parameters(model) - start)
+    assert trained[0].norm() > 1e-3
+    torch.testing.assert_close(trained[1], trained[0])
 
 
 def test_two_processes_equal_one(tmp_path):

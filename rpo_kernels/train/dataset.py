@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .data import Group, Messages, as_messages
+from .data import DataError, Group, Messages, as_messages
 
 IGNORE_INDEX = -100
 # Used, with a warning, for chat messages where the tokenizer brings no template of its own.
@@ -56,7 +56,7 @@ class PreferenceDataset(Dataset):
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: naming the group, if the chat template does not render the prompt as the start of a conversation.
+        DataError: naming the group, if the chat template does not render the prompt as the start of a conversation.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ def _encode_messages(group: Group, tokenizer: PreTrainedTokenizerBase) -> tuple[
     texts = [_render(tokenizer, context + as_messages(response, "assistant")) for response in group.responses]
     for text in texts:
         if not text.startswith(prompt):
-            raise ValueError(
+            raise DataError(
                 f"{group.source}: the chat template does not render a conversation so that it starts with its prompt; "
                 f"prompt {prompt[-80:]!r}, conversation {text[: len(prompt)][-80:]!r}"
             )

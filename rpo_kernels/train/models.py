@@ -45,8 +45,6 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel
     targets = args.lora_targets[0] if args.lora_targets == ["all-linear"] else args.lora_targets
     alpha = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
     config = LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
-    # With gradient checkpointing, gradients must enter below the frozen embedding.
-    model.enable_input_require_grads()
     return get_peft_model(model, config)  # type: ignore[return-value]
 
 

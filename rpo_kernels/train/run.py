@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     settings, is_demo = parse(argv, demo.FLAGS)
     try:
         train(settings, is_demo)
-    except (DataError, RunError, FileNotFoundError) as error:
+    except (DataError, RunError, OSError) as error:
         print(f"rpo-kernels train: error: {error}", file=sys.stderr)
         return 1
     return 0
