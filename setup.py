@@ -40,16 +40,17 @@ class BuildNative(build_ext):
 
     def compile_levels(self, ext: Extension) -> None:
         compiler, levels = self.compiler, vector_levels()
+        common = COMMON_FLAGS + os.environ.get("CFLAGS", "").split()  # the user's come last and win
         chosen = [(f"RPO_HAVE_{level.upper()}", "1") for level in levels]
         objects = compiler.compile(
-            ["csrc/native.cpp"], self.build_temp, chosen, extra_postargs=COMMON_FLAGS, depends=ext.depends
+            ["csrc/native.cpp"], self.build_temp, chosen, extra_postargs=common, depends=ext.depends
         )
         for level, flags in levels.items():
             objects += compiler.compile(
                 ["csrc/rows.cpp"],
                 os.path.join(self.build_temp, level),
                 [("RPO_LEVEL", level)],
-                extra_postargs=COMMON_FLAGS + flags,
+                extra_postargs=flags + common,
                 depends=ext.depends,
             )
         path = self.get_ext_fullpath(ext.name)

@@ -10,9 +10,8 @@ python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 
-export CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" CXXFLAGS="$CFLAGS"
-LDFLAGS="-fsanitize=address,undefined" "$python" setup.py -q build_ext --build-temp "$copy/objects" --build-lib "$copy"
-unset CFLAGS CXXFLAGS
+flags="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+CFLAGS=$flags LDFLAGS=$flags "$python" setup.py -q build_ext --build-temp "$copy/objects" --build-lib "$copy"
 [ -e "$copy/rpo_kernels/_native.so" ] || { echo "the instrumented library was not built" >&2; exit 1; }
 cp -r rpo_kernels/*.py rpo_kernels/kernels "$copy/rpo_kernels/"
 

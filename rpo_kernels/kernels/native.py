@@ -18,6 +18,7 @@ from .contract import ActiveColumns, RowStats, TokenOptions
 
 LIBRARY = Path(__file__).parent.parent / "_native.so"
 LEVEL_VARIABLE = "RPO_KERNELS_NATIVE_LEVEL"
+MAPPED_BYTES = 2**25  # the allocator takes anything larger from the system anew, and gives it back when it is freed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -102,7 +103,7 @@ def row_grad(
     if out is not None and out.shape != logits.shape:
         raise ValueError(f"out must have the shape of logits, {tuple(logits.shape)}, got {tuple(out.shape)}")
     direct = out is not None and _is_writable(out, logits)
-    result = out if out is not None and direct else torch.empty(logits.shape, dtype=logits.dtype)
+    result = out if out is not None and direct else _new_gradient(logits)
     kept = [x.to(torch.float32).contiguous() for x in (stats.logp, stats.max, stats.sumexp)]
     factors = grad_logps.to(torch.float32)
     mask = None if active is None else active.mask.contiguous()
@@ -201,6 +202,13 @@ def _present(stats: RowStats) -> list[Tensor]:
     return [x for x in stats if x is not None]
 
 
+def _new_gradient(logits: Tensor) -> Tensor:
+    result = torch.empty(logits.shape, dtype=logits.dtype)
+    if result.nbytes > MAPPED_BYTES:
+        _library().rpo_use_large_pages(result.data_ptr(), result.nbytes)
+    return result
+
+
 def _is_writable(out: Tensor, logits: Tensor) -> bool:
     """Whether the kernel may write `out` while it reads `logits`: exactly these, or other memory."""
     same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride() and out.dtype == logits.dtype
@@ -217,6 +225,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     library.rpo_levels.restype = c_char_p
     library.rpo_level.argtypes, library.rpo_level.restype = [c_char_p], c_void_p
+    library.rpo_use_large_pages.argtypes, library.rpo_use_large_pages.restype = [c_void_p, c_int64], None
     library.rpo_row_stats.argtypes = [c_void_p, POINTER(_Workers), POINTER(_Logits), c_int32, POINTER(_Stats)]
     library.rpo_row_grad.argtypes = [c_void_p, POINTER(_Workers), POINTER(_Logits), POINTER(_Grad)]
     library.rpo_row_grad.restype = None
