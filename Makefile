@@ -1,5 +1,6 @@
 # make train   set up a virtual environment and train the embedded demonstration
 # make test    set up, then lint, type-check and test
+# make gpu     on a machine with a GPU and nothing to download: tests, benchmarks, memory, charts in bench/results/
 #
 # PYTHON=python3.12 picks the interpreter (3.10 or newer), TORCH='torch==2.11.0' the torch requirement.
 
@@ -11,13 +12,16 @@ TRITON := $(if $(HAS_GPU),triton,triton==3.9.0)
 BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: train test lint clean
+.PHONY: train test lint gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/rpo-kernels train
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -m "not real"
+
+gpu:
+	$(PYTHON) -m rpo_kernels.profile.gpu
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

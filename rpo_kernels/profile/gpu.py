@@ -1,0 +1,107 @@
+"""What `make gpu` runs: tests, benchmarks, memory and charts on this machine's GPU, in under nine minutes.
+
+Needs nothing but what is installed. Results go to bench/results/<device>/; a run that was interrupted, or ran out of
+time, is continued by the next one, which skips what is done.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .reports import describe_machine, device_slug, same_setup, save_json
+
+TOTAL_SECONDS = 8.5 * 60
+_CLI = ["-m", "rpo_kernels.cli"]
+_DEVICE_LOST = 3  # exit status of a benchmark that can go on in a new process
+
+
+class Step(NamedTuple):
+    """One command, the most it may take, and its name in the record of what is done."""
+
+    name: str
+    seconds: int
+    arguments: list[str]
+
+
+def _bench(name: str, arguments: str, seconds: int = 150) -> Step:
+    title = f"bench {name} {arguments}"
+    return Step(title, seconds, [*_CLI, "bench", "--resume", "--name", name, *arguments.split()])
+
+
+STEPS = [
+    Step("tests", 150, ["-m", "pytest", "-q", "-m", "not real", "-p", "no:cacheprovider", "tests"]),
+    _bench("shapes", "--model llama-3.1-8b --level head"),
+    _bench("shapes", "--model llama-3.1-8b --level frozen logits"),
+    Step(
+        "memory",
+        120,
+        ["-m", "rpo_kernels.cli", "memory", "--model", "llama-3.1-8b", "--responses", "4", "--length", "2048"],
+    ),
+    _bench("shapes", "--model gemma-2-2b --level head logits"),
+    _bench("rows", "--model llama-3.1-8b --level head --rows 2048 8192 32768 131072 --seconds 2", 180),
+    _bench("vocab", "--model llama-3.1-8b --level logits --vocab 32000 65536 128256 262144 --seconds 2"),
+    _bench("shapes", "--model qwen2.5-7b"),
+]
+
+
+def main() -> int:
+    """Run the steps that are not done, in order, while the time lasts. Returns the exit status."""
+    if not torch.cuda.is_available():
+        print("make gpu: no GPU is available")
+        return 1
+    machine = describe_machine("cuda")
+    folder = Path("bench/results") / device_slug(machine)
+    record = folder / "done.json"
+    done = _read(record, machine)
+    deadline = time.monotonic() + TOTAL_SECONDS
+    for step in STEPS:
+        if done["steps"].get(step.name) == 0:
+            continue
+        left = deadline - time.monotonic()
+        if left < 20:
+            print("make gpu: out of time; run it again for the rest")
+            break
+        done["steps"][step.name] = run(step, min(left, step.seconds), folder)
+        save_json(done, record)
+    open_steps = [step.name for step in STEPS if done["steps"].get(step.name) != 0]
+    print("\n".join([f"results: {folder}", *(f"not finished: {name}" for name in open_steps)]))
+    return 1 if open_steps else 0
+
+
+def run(step: Step, seconds: float, folder: Path) -> int:
+    """Run one step, its output shown and kept in a log; returns its exit status, 124 if it was out of time."""
+    out = ["--out", "bench/results"] if "rpo_kernels.cli" in step.arguments else []
+    deadline = time.monotonic() + seconds
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    print(f"== {step.name}", flush=True)
+    while True:
+        try:
+            left = max(1.0, deadline - time.monotonic())
+            command = [sys.executable, *step.arguments, *out]
+            done = subprocess.run(command, timeout=left, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            output, status = done.stdout, done.returncode
+        except subprocess.TimeoutExpired as expired:
+            output, status = (expired.stdout or b"").decode(errors="replace"), 124
+        print(output, flush=True)
+        with log.open("a") as file:
+            file.write(f"== {step.name}: exit status {status}\n{output}\n")
+        if status != _DEVICE_LOST:
+            return status
+
+
+def _read(record: Path, machine: dict) -> dict:
+    if record.exists():
+        done = json.loads(record.read_text())
+        if same_setup(done["machine"], machine):
+            return done
+    return {"machine": machine, "steps": {}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
