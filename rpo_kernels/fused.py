@@ -60,8 +60,8 @@ def rpo_reduce(
 
 
 def _structure(cu_seqlens: Tensor | None, index: Tensor | None, layout: list[int]) -> tuple[Segments, Groups]:
-    num_sequences, *regular = layout
-    return Segments(num_sequences, cu_seqlens), Groups(*regular, index=index)
+    num_sequences, count, size, group_stride, response_stride = layout
+    return Segments(num_sequences, cu_seqlens), Groups(count, size, group_stride, response_stride, index)
 
 
 def _forward(

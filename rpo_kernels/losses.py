@@ -215,7 +215,7 @@ class PreferenceBatch(NamedTuple):
         if ref_logps is not None:
             ref_logps = ref_logps.to(token_logps.dtype)
         if isinstance(self.objective, RPO) and dispatch.fuses_objective(token_logps, backend):
-            return self._fused_loss(token_logps, ref_logps)
+            return self._fused_loss(self.objective, token_logps, ref_logps)
         scored = self.segments.scored(self.labels, self.ignore_index, self.shift)
         weights = scored.to(token_logps.dtype)
         if self.token_weights is not None:
@@ -238,7 +238,7 @@ class PreferenceBatch(NamedTuple):
         accuracy, margin = agreement(groups.gather(implicit), rewards, groups.present)
         return RPOOutput(group_losses.mean(), group_losses, logps, ref_logps, implicit, accuracy, margin)
 
-    def _fused_loss(self, token_logps: Tensor, ref_logps: Tensor | None) -> RPOOutput:
+    def _fused_loss(self, objective: RPO, token_logps: Tensor, ref_logps: Tensor | None) -> RPOOutput:
         loss, group_losses, logps, ref_sums, implicit, accuracy, margin = rpo_reduce(
             token_logps,
             self.labels,
@@ -247,12 +247,12 @@ class PreferenceBatch(NamedTuple):
             self.token_weights,
             self.segments,
             self.groups,
-            self.objective,
+            objective,
             self.ignore_index,
             self.shift,
         )
-        ref_sums = None if ref_logps is None else ref_sums
-        return RPOOutput(loss, group_losses, logps, ref_sums, implicit, accuracy, margin)
+        reference = None if ref_logps is None else ref_sums
+        return RPOOutput(loss, group_losses, logps, reference, implicit, accuracy, margin)
 
     def _check_reference(self, ref_logps: Tensor | None) -> Tensor | None:
         reference_free = getattr(self.objective, "reference_free", False)

@@ -87,7 +87,7 @@ def row_grad(
         logits: `[B, T, v]`, columns `first_column ... first_column + v` of the vocabulary.
         stats: finished statistics of the whole rows (`logp`, `max` and `sumexp` are read).
         grad_logps: `[B, T]`, the factor of each label position.
-        out: where to write, in any floating dtype, `logits` itself included; None for a new tensor of the logits' dtype.
+        out: where to write, in any floating dtype, `logits` itself included; None for a new one of the logits' dtype.
         active: filled with the columns whose gradient, before it is rounded to `out`, exceeds a threshold anywhere.
 
     Returns:
