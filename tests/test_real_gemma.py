@@ -44,7 +44,7 @@ def test_gemma_learns_from_real_preferences(gemma, data, tmp_path):
     argv = ["train", "--model", gemma, "--train-data", data["train"], "--eval-data", data["test"], "--output-dir", out]
     argv += ["--cache-dir", tmp_path / "cache", "--max-length", 64, "--max-train-groups", 2, "--max-eval-groups", 2]
     argv += ["--per-device-train-batch-size", 1, "--gradient-accumulation-steps", 2, "--num-train-epochs", 3]
-    argv += ["--per-device-eval-batch-size", 1, "--learning-rate", 1e-5, "--lr-scheduler-type", "constant"]
+    argv += ["--per-device-eval-batch-size", 1, "--learning-rate", 2e-6, "--lr-scheduler-type", "constant"]
     argv += ["--save-strategy", "no", "--use-cpu", "true", "--plot"]
     assert main([str(word) for word in argv]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
