@@ -100,6 +100,15 @@ class RunArguments:
     _argument_group_name = "run"
     resume: bool = _setting(False, "Continue from the last checkpoint in --output-dir, or start if there is none.")
     plot: bool = _setting(False, "Write the curves to curves.png in --output-dir.")
+    loss_level: Literal["auto", "head", "logits"] = _setting(
+        "auto", "Compute the loss from hidden states and the LM head, or from logits; auto: head where possible."
+    )
+    memory_budget: str | None = _setting(
+        None, "Memory of the loss at the head level, as 512MB; default: a quarter of what is free."
+    )
+    gradient_filter: float | None = _setting(
+        None, "Head level: leave columns out of a chunk's gradient whose entries are all below this, as 1.5e-5."
+    )
     cache_dir: str | None = _setting(
         None, "Where the reference's log-probabilities are kept (default: ~/.cache/rpo_kernels/reference)."
     )

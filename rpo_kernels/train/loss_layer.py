@@ -1,38 +1,129 @@
 """From a model and a batch to the loss: the one place where the trainer meets the package's operators."""
 
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
-from .. import RPOOutput, rpo_loss, token_logprobs
+from .. import RPOOutput, linear_rpo_loss, linear_token_logprobs, rpo_loss, token_logprobs
+from ..integrations.hf_head import ModelHead, check_head, find_head
 from ..objectives import Objective
 from .models import base_model
 
+logger = logging.get_logger(__name__)
 
-def preference_loss(model: nn.Module, batch: dict, objective: Objective) -> RPOOutput:
+
+@dataclass(frozen=True)
+class LossLayer:
+    """How the loss is computed: from the model's logits, or from its hidden states and LM head, without the logits.
+
+    `memory_budget` and `gradient_filter` are those of `linear_token_logprobs`, for the head level.
+    """
+
+    level: Literal["head", "logits"] = "logits"
+    memory_budget: int | str | None = None
+    gradient_filter: float | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, level: str = "auto", **options: Any) -> "LossLayer":
+        """The loss layer for a model: with `"auto"`, the head level where the model allows it.
+
+        Raises:
+            ValueError: if `level` is `"head"` and the model does not allow it.
+        """
+        if level != "logits":
+            try:
+                check_head(model)
+            except ValueError as error:
+                if level == "head":
+                    raise
+                logger.warning(f"{error}; the loss is computed from the logits")
+                level = "logits"
+        return cls("logits" if level == "logits" else "head", **options)
+
+
+def preference_loss(model: nn.Module, batch: dict, objective: Objective, layer: LossLayer = LossLayer()) -> RPOOutput:
     """The objective on a batch of `GroupCollator`, differentiable in the model's parameters."""
-    logits, labels = _logits(model, batch)
     sizes = batch["group_sizes"]
     ragged = len(set(sizes)) > 1
-    return rpo_loss(
-        logits,
-        labels,
-        batch["rewards"],
+    groups: dict[str, Any] = dict(
         ref_logps=None if getattr(objective, "reference_free", False) else batch["ref_logps"],
         objective=objective,
         num_responses=sizes[0],
         group_ids=[g for g, size in enumerate(sizes) for _ in range(size)] if ragged else None,
         shift=True,
-        inplace_backward=True,
     )
+    if layer.level == "logits":
+        logits, labels = _logits(model, batch)
+        return rpo_loss(logits, labels, batch["rewards"], inplace_backward=True, **groups)
+
+    def loss(head: ModelHead, hidden: Tensor) -> RPOOutput:
+        return linear_rpo_loss(
+            hidden,
+            head.weight,
+            batch["labels"],
+            batch["rewards"],
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            memory_budget=layer.memory_budget,
+            gradient_filter=layer.gradient_filter,
+            **groups,
+        )
+
+    return _at_head(model, batch, loss)
 
 
 @torch.no_grad()
-def response_logps(model: nn.Module, batch: dict) -> Tensor:
+def response_logps(model: nn.Module, batch: dict, layer: LossLayer = LossLayer()) -> Tensor:
     """Log-probability of each response of a batch, `[B]` float32: what a reference model is asked for."""
-    logits, labels = _logits(model, batch)
-    return token_logprobs(logits, labels, shift=True).sum(-1)
+    if layer.level == "logits":
+        logits, labels = _logits(model, batch)
+        return token_logprobs(logits, labels, shift=True).sum(-1)
+
+    def logps(head: ModelHead, hidden: Tensor) -> Tensor:
+        return linear_token_logprobs(
+            hidden,
+            head.weight,
+            batch["labels"],
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            shift=True,
+            memory_budget=layer.memory_budget,
+        ).sum(-1)
+
+    return _at_head(model, batch, logps)
+
+
+def _at_head(model: nn.Module, batch: dict, use: Callable[[ModelHead, Tensor], Any]) -> Any:
+    """What `use` makes of the model's head and hidden states, inside the forward of the model and its wrappers.
+
+    DDP and FSDP prepare backward and gather weights around `forward`, so the backbone may not be called past them.
+    """
+    inner = getattr(model, "module", model)
+    own = inner.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            inner.__dict__.pop("forward", None)
+        else:
+            inner.forward = own
+
+    def forward(**inputs: Tensor) -> Any:
+        restore()
+        head = find_head(inner)
+        return use(head, head.backbone(**inputs, use_cache=False).last_hidden_state)
+
+    inner.forward = forward
+    try:
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    finally:
+        restore()
 
 
 def _logits(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
@@ -40,7 +131,13 @@ def _logits(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
 
     Models apply their own softcap and logit scale, so these logits are final.
     """
-    takes_keep = "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
-    keep = {"logits_to_keep": batch["logits_to_keep"]} if takes_keep else {}
+    keep = {}
+    if takes_logits_to_keep(model):
+        keep["logits_to_keep"] = batch["logits_to_keep"]
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **keep).logits
     return logits, batch["labels"][:, -logits.shape[1] :]
+
+
+def takes_logits_to_keep(model: nn.Module) -> bool:
+    """Whether the model under its wrappers (DDP, PEFT) can compute the logits of the last positions only."""
+    return "logits_to_keep" in inspect.signature(base_model(getattr(model, "module", model)).forward).parameters

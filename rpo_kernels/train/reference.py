@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from ..kernels import dispatch
 from .dataset import Example, GroupCollator, PreferenceDataset
-from .loss_layer import response_logps
+from .loss_layer import LossLayer, response_logps
 from .models import base_model
 
 LogpsByKey = dict[str, list[float]]
@@ -37,6 +37,7 @@ def attach_reference_logps(
     args: TrainingArguments,
     pad_token_id: int = 0,
     cache_dir: str | Path | None = None,
+    loss_layer: LossLayer | None = None,
 ) -> int:
     """Give every example of the datasets its `ref_logps` under `model`, whose adapter (PEFT), if any, is switched off.
 
@@ -48,27 +49,34 @@ def attach_reference_logps(
         args: device, mixed precision, `per_device_eval_batch_size` and processes.
         pad_token_id: pads the batches.
         cache_dir: default `default_cache_dir()`.
+        loss_layer: as for `RPOTrainer`.
 
     Returns:
         How many groups had to be computed, over all processes; the others were in the cache.
     """
     datasets = list(datasets)
     model.to(args.device)
-    path = Path(cache_dir or default_cache_dir()) / f"{_model_key(model, args)}.jsonl"
+    loss_layer = loss_layer or LossLayer.of(model)
+    path = Path(cache_dir or default_cache_dir()) / f"{_model_key(model, args, loss_layer)}.jsonl"
     known = _read(path)
     computed = 0
     for dataset in datasets:
         todo = list({e.key: e for e in dataset.examples if e.key not in known}.values())
         computed += len(todo)
         share = todo[args.process_index :: args.world_size]
-        _exchange(known, _compute(share, model, args, pad_token_id, path), args.world_size)
+        _exchange(known, _compute(share, model, args, pad_token_id, path, loss_layer), args.world_size)
         for example in dataset.examples:
             example.ref_logps = known[example.key]
     return computed
 
 
 def _compute(
-    examples: list[Example], model: nn.Module, args: TrainingArguments, pad_token_id: int, path: Path
+    examples: list[Example],
+    model: nn.Module,
+    args: TrainingArguments,
+    pad_token_id: int,
+    path: Path,
+    loss_layer: LossLayer,
 ) -> LogpsByKey:
     """Log-probabilities of the examples, each written to the cache as soon as it is known."""
     computed: LogpsByKey = {}
@@ -85,7 +93,7 @@ def _compute(
     with _adapter_off(model), _autocast(args), _open_to_append(path) as file:
         for keys, batch in tqdm(loader, desc="Reference log-probabilities", unit=" batches", disable=quiet):
             batch = {k: v.to(args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            logps = response_logps(model, batch).cpu().split(batch["group_sizes"])
+            logps = response_logps(model, batch, loss_layer).cpu().split(batch["group_sizes"])
             for key, values in zip(keys, logps, strict=True):
                 computed[key] = values.tolist()
                 # One write a line, so that processes may share the file.
@@ -149,11 +157,11 @@ def _autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
     return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
 
 
-def _model_key(model: nn.Module, args: TrainingArguments) -> str:
+def _model_key(model: nn.Module, args: TrainingArguments, loss_layer: LossLayer) -> str:
     """Digest of the model's configuration and weights, its adapter's excepted, and of what it is computed in."""
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "none"
     backend = dispatch.choose(torch.empty(0, device=args.device), None)
-    digest = hashlib.sha256(f"{args.device.type} {precision} {torch.__version__} {backend}".encode())
+    digest = hashlib.sha256(f"{args.device.type} {precision} {torch.__version__} {backend} {loss_layer.level}".encode())
     base = base_model(model)
     config = {k: v for k, v in base.config.to_dict().items() if k not in VOLATILE_CONFIG}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())

@@ -50,7 +50,19 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressBar(ProgressCallback):
-    """The progress bar with loss and accuracy at its end, in place of a line for every log."""
+    """Progress bars that say what they show, loss and accuracy at the end, in place of a line for every log."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Name the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("Training")
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Name the bar."""
+        super().on_prediction_step(args, state, control, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description("Evaluation")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Show the latest loss and accuracy."""

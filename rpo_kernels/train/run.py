@@ -13,6 +13,7 @@ from . import demo
 from .config import Settings, parse
 from .data import DataError, read_groups
 from .dataset import PreferenceDataset
+from .loss_layer import LossLayer
 from .models import add_adapter, load_model, load_tokenizer
 from .reference import attach_reference_logps
 from .report import HELD_OUT, NAMES, TRAINING, MetricsFile, ProgressBar, draw_curves, print_table
@@ -46,6 +47,7 @@ def train(settings: Settings, is_demo: bool = False) -> dict:
     tokenizer = demo.tokenizer() if is_demo else load_tokenizer(str(settings.model.model))
     datasets = _datasets(settings, tokenizer)
     model = _policy(settings, is_demo, list(datasets.values()), tokenizer)
+    loss_layer = _loss_layer(settings, model)
     metrics = MetricsFile(output / "metrics.json", _described(settings))
     trainer = RPOTrainer(
         model,
@@ -54,6 +56,7 @@ def train(settings: Settings, is_demo: bool = False) -> dict:
         train_dataset=datasets[TRAINING],
         eval_dataset=datasets.get(HELD_OUT),
         processing_class=tokenizer,
+        loss_layer=loss_layer,
         callbacks=[metrics],
     )
     if trainer.pop_callback(ProgressCallback):
@@ -103,8 +106,14 @@ def _policy(
     """The model to train, once the reference has been asked and is out of memory."""
 
     def ask(model: PreTrainedModel) -> None:
-        args = settings.training
-        attach_reference_logps(datasets, model, args, tokenizer.pad_token_id or 0, settings.run.cache_dir)
+        attach_reference_logps(
+            datasets,
+            model,
+            settings.training,
+            tokenizer.pad_token_id or 0,
+            settings.run.cache_dir,
+            _loss_layer(settings, model),
+        )
 
     needs_reference = not getattr(settings.objective.build(), "reference_free", False)
     if needs_reference and settings.model.ref_model:
@@ -114,6 +123,14 @@ def _policy(
     if needs_reference and not settings.model.ref_model:
         ask(model)
     return model
+
+
+def _loss_layer(settings: Settings, model: PreTrainedModel) -> LossLayer:
+    run = settings.run
+    try:
+        return LossLayer.of(model, run.loss_level, memory_budget=run.memory_budget, gradient_filter=run.gradient_filter)
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def _sample(name: str, datasets: dict[str, PreferenceDataset]) -> Subset:

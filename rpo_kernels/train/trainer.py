@@ -11,7 +11,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from ..objectives import RPO, Objective
 from .dataset import GroupCollator, PreferenceDataset
-from .loss_layer import preference_loss
+from .loss_layer import LossLayer, preference_loss
 from .metrics import GroupTable
 
 
@@ -29,6 +29,7 @@ class RPOTrainer(Trainer):
         train_dataset, eval_dataset: with reference log-probabilities (`attach_reference_logps`), unless the objective
             is reference-free.
         processing_class: the tokenizer: saved beside the model, and its padding token pads the batches.
+        loss_layer: from what the loss is computed; None: from hidden states and LM head where the model allows it.
         kwargs: passed on to `transformers.Trainer`.
 
     Raises:
@@ -43,6 +44,7 @@ class RPOTrainer(Trainer):
         train_dataset: PreferenceDataset | None = None,
         eval_dataset: PreferenceDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        loss_layer: LossLayer | None = None,
         **kwargs: Any,
     ):
         if args.remove_unused_columns:
@@ -99,7 +101,7 @@ class RPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The micro-batch's share of the mean loss over `num_items_in_batch` groups, or its own mean without that."""
-        output = preference_loss(model, inputs, self.objective)
+        output = preference_loss(model, inputs, self.objective, self.loss_layer)
         loss = output.loss
         if num_items_in_batch is not None:
             # DDP averages gradients over processes.
@@ -108,13 +110,17 @@ class RPOTrainer(Trainer):
             self._tables.append(GroupTable.of(output, inputs))
         return (loss, output) if return_outputs else loss
 
+    def compute_loss_context_manager(self) -> Any:
+        """Mixed precision around the whole loss: accelerate wraps the model's forward, not what follows it."""
+        return self.accelerator.autocast()
+
     def prediction_step(
         self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """The batch's figures per group, for Trainer to gather over batches and processes."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            table = GroupTable.of(preference_loss(model, inputs, self.objective), inputs)
+            table = GroupTable.of(preference_loss(model, inputs, self.objective, self.loss_layer), inputs)
         return None, tuple(table), table.present
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
