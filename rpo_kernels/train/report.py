@@ -58,9 +58,11 @@ class ProgressBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description("Training")
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         """Name the bar."""
-        super().on_prediction_step(args, state, control, **kwargs)
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
         if self.prediction_bar is not None:
             self.prediction_bar.set_description("Evaluation")
 
