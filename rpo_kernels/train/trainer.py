@@ -50,6 +50,7 @@ class RPOTrainer(Trainer):
         if args.remove_unused_columns:
             raise ValueError("args.remove_unused_columns must be False: the loss needs columns that the model does not")
         self.objective: Objective = objective
+        self.loss_layer = loss_layer or LossLayer.of(model)
         pad = getattr(processing_class, "pad_token_id", None)
         kwargs.setdefault("data_collator", GroupCollator(0 if pad is None else pad))
         super().__init__(
