@@ -1,0 +1,111 @@
+"""Tiny models of many families: our head on their hidden states against their own logits, and both loss levels."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from rpo_kernels import DPO  # noqa: E402
+from rpo_kernels.integrations.hf_head import check_head, find_head  # noqa: E402
+from rpo_kernels.train.loss_layer import LossLayer, preference_loss, response_logps  # noqa: E402
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+    pad_token_id=0,
+)
+FAMILIES = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Mistral": {},
+    "Gemma2": dict(final_logit_softcapping=0.02),
+    "Gemma3Text": dict(final_logit_softcapping=0.03),
+    "Cohere": dict(logit_scale=0.3),
+    "Granite": dict(logits_scaling=5.0),
+    "Phi3": {},
+    "Phi": {},  # its head has a bias
+}
+
+
+def tiny(family, **config):
+    torch.manual_seed(0)
+    name = "Gemma3ForCausalLM" if family == "Gemma3Text" else f"{family}ForCausalLM"
+    config = getattr(transformers, f"{family}Config")(**(SIZES | FAMILIES[family] | config))
+    return getattr(transformers, name)(config)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(1, 97, (4, 9), generator=generator)
+    labels = input_ids.clone()
+    labels[:, :3] = -100
+    return dict(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        labels=labels,
+        rewards=torch.tensor([1.0, 0.0, 0.5, -1.0]),
+        ref_logps=-torch.rand(4, generator=generator) * 30,
+        group_sizes=[2, 2],
+        logits_to_keep=7,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_levels_agree(family):
+    model = tiny(family)
+    with torch.no_grad():
+        for parameter in model.parameters():  # a softcap and a bias that matter
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    check_head(model)
+    results = {}
+    for level in ("logits", "head"):
+        model.zero_grad()
+        output = preference_loss(model, batch(), DPO(), LossLayer(level))
+        output.loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results[level] = output.loss.detach(), response_logps(model, batch(), LossLayer(level)), gradients
+    (loss, logps, gradients), (expected_loss, expected_logps, expected) = results["head"], results["logits"]
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logps, expected_logps, rtol=1e-5, atol=1e-4)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        assert (gradients[name] - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-7, name
+
+
+def test_lora_with_a_frozen_head():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(tiny("Llama"), config)
+    check_head(model)
+    a, b = (preference_loss(model, batch(), DPO(), LossLayer(level)).loss for level in ("head", "logits"))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert find_head(model).weight.requires_grad is False
+
+
+def test_the_models_own_forward_is_back_afterwards():
+    model = tiny("Llama")
+    preference_loss(model, batch(), DPO(), LossLayer("head"))
+    assert "forward" not in model.__dict__ and model(input_ids=batch()["input_ids"]).logits.shape == (4, 9, 97)
+
+
+def test_a_head_that_is_not_as_its_config_tells_is_found_out():
+    model = tiny("Llama")
+    model.register_forward_hook(lambda *args: transformers.modeling_outputs.CausalLMOutput(logits=args[2].logits + 1))
+    with pytest.raises(ValueError, match="in a way its config does not tell"):
+        check_head(model)
+    assert LossLayer.of(model).level == "logits"
+    with pytest.raises(ValueError):
+        LossLayer.of(model, "head")
+
+
+def test_a_head_that_is_not_linear_is_refused():
+    model = tiny("Llama")
+    model.set_output_embeddings(torch.nn.Sequential(model.get_output_embeddings()))
+    with pytest.raises(ValueError, match="no plain linear output embedding"):
+        find_head(model)
