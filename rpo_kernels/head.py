@@ -97,10 +97,10 @@ def logprobs_and_dropped(
     budget = None if memory_budget is None else parse_budget(memory_budget, hidden.device)
     grad = torch.is_grad_enabled()
     logps, dropped, *_ = torch.ops.rpo_kernels.linear_token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden.flatten(0, -2),
         weight,
         bias,
-        labels.reshape(-1, labels.shape[-1]),
+        labels.flatten(0, -2) if labels.ndim > 1 else labels[None],
         *options,
         grad and hidden.requires_grad,
         grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),

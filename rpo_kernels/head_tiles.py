@@ -213,6 +213,12 @@ class _Store:
         self.schedule.places[chunk][tile] = place
         return self.kept[offset:end].view(shape)
 
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """What was kept, and the columns of it."""
+        return (
+            (self.kept[: self.used], self.columns[: self.used_columns]) if self.filtered else (self.kept, self.columns)
+        )
+
 
 # ---------------------------------------------------------------------------------------------------------- forward
 
@@ -247,8 +253,8 @@ def forward(
         if chunk.gradient is not None:
             unit[span] = chunk.gradient
         del chunk
-    logps = stats[0].clone()
-    return logps, dropped, Saved(rows.positions, stats, log_scale, unit, store.kept, store.columns, schedule.dump())
+    kept, columns = store.filled()
+    return stats[0].clone(), dropped, Saved(rows.positions, stats, log_scale, unit, kept, columns, schedule.dump())
 
 
 class _Chunk:

@@ -18,8 +18,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 _SHAPES = {"cpu": (1024, 2048)}
 _ACCELERATOR_SHAPE = (2048, 8192)
 _SMALLEST_ROWS, _SMALLEST_COLUMNS = 128, EDGE
-# Tiles' worth of temporaries (in float32 or better) that the plain torch definition makes beside the tile itself.
-_DEFINITION_TEMPORARIES = 5
+# Tiles' worth of temporaries, in float32 or better, that the plain torch definition makes beside the tile itself.
+_STATS_TEMPORARIES, _GRAD_TEMPORARIES = 3, 5
 _SMALL = 2048  # tensors of a few numbers
 
 
@@ -188,9 +188,10 @@ class _Work:
         """Peak of the forward pass: while tiles are walked, or at a chunk's end."""
         size = self.exact
         history = 2 * math.ceil(self.vocab / tile) * chunk * size
-        walking = 14 * chunk * size + self._filter_bytes(chunk, tile)
+        differentiates = self.needs_hidden or kept > 0
+        walking = 14 * chunk * size + self._pass_bytes(chunk, tile, differentiates)
         labels_rows = chunk * self.hidden * (size + self.item * (self.item != size)) * self.needs_hidden
-        ending = history + labels_rows if self.needs_hidden or kept else 0
+        ending = history + labels_rows if differentiates else 0
         gathering = chunk * self.hidden * self.item * self.converts
         gradient = chunk * self.hidden * size * self.needs_hidden
         of_chunk = chunk * self.hidden * self.operand + max(gathering, history + gradient + max(walking, ending))
@@ -209,7 +210,8 @@ class _Work:
         together = self.rows if kept and not self.converts and not self.filtered else chunk
         scaled = together * (self.hidden * (self.exact + self.operand * (self.operand != self.exact)) + 3 * self.exact)
         gradient = self._columns(tile) * self.hidden * self.exact * ((self.item != self.exact) + self.filtered)
-        of_tile = max(gathering, scaled + gradient + self._definition_bytes(chunk, tile))
+        recomputing = self._definition_bytes(chunk, tile, True) if kept * tile < self.vocab else 0
+        of_tile = max(gathering, scaled + gradient + recomputing)
         return saved + max(share, self._scratch_bytes(chunk, tile) + gathered + of_tile)
 
     def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
@@ -231,10 +233,6 @@ class _Work:
     def converts(self) -> bool:
         return self.operand != self.item
 
-    @property
-    def needs_gradient(self) -> bool:
-        return self.needs_hidden or self.needs_weight
-
     def _columns(self, tile: int) -> int:
         return min(tile, self.vocab)
 
@@ -242,16 +240,18 @@ class _Work:
         weight = self._columns(tile) * self.hidden * self.operand * self.converts
         return chunk * self._columns(tile) * self.exact + weight
 
-    def _filter_bytes(self, chunk: int, tile: int) -> int:
+    def _pass_bytes(self, chunk: int, tile: int, differentiates: bool) -> int:
         """What a pass over a tile makes beside it."""
-        if not self.filtered or not self.needs_gradient:
-            return self._definition_bytes(chunk, tile)
+        definition = self._definition_bytes(chunk, tile, differentiates)
+        if not self.filtered or not differentiates:
+            return definition
         columns = self._columns(tile)
         gathered = DENSE_SHARE * columns * (chunk + self.hidden) * self.operand
-        return max(math.ceil(gathered) + 16 * columns, self._definition_bytes(chunk, tile))
+        return max(math.ceil(gathered) + 16 * columns, definition)
 
-    def _definition_bytes(self, chunk: int, tile: int) -> int:
-        return _DEFINITION_TEMPORARIES * chunk * self._columns(tile) * self.exact * self.defined
+    def _definition_bytes(self, chunk: int, tile: int, differentiates: bool) -> int:
+        per_element = (_GRAD_TEMPORARIES if differentiates else _STATS_TEMPORARIES) * self.exact + 1
+        return self._columns(tile) * (chunk * per_element + 8) * self.defined
 
 
 def _shape(work: _Work, budget: int, device_type: str) -> tuple[int, int]:

@@ -1,0 +1,146 @@
+"""The planner: budgets as given, plans that keep to them, and predictions against counted allocations."""
+
+import pytest
+import torch
+
+from rpo_kernels import linear_token_logprobs, memory_plan, plan
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        (0, 0),
+        (1234, 1234),
+        ("512MB", 512 * 10**6),
+        ("1.5 GiB", 3 * 2**29),
+        ("64mb", 64 * 10**6),
+        ("2G", 2 * 10**9),
+        ("100", 100),
+        ("7B", 7),
+        ("80GB", 80 * 10**9),
+    ],
+)
+def test_budgets(given, expected):
+    assert plan.parse_budget(given, CPU) == expected
+
+
+@pytest.mark.parametrize("given", [-1, 1.5, "", "lots", "-3MB", "5 PB", "1e9", True, [1]])
+def test_budgets_that_cannot_be_read(given):
+    with pytest.raises(ValueError, match="memory_budget"):
+        plan.parse_budget(given, CPU)
+
+
+def test_default_budget_is_a_part_of_free_memory():
+    assert 10**6 < plan.parse_budget(None, CPU) < 2**50
+
+
+@pytest.mark.parametrize("sizes", [(-1, 4, 4), (4, 0, 4), (4, 4, 0)])
+def test_sizes_that_do_not_fit(sizes):
+    with pytest.raises(ValueError, match="must be at least"):
+        memory_plan(*sizes)
+    with pytest.raises(ValueError, match="dtype"):
+        memory_plan(4, 4, 4, torch.int64)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_larger_budget_keeps_more_and_is_kept_to(device, dtype):
+    def planned(budget):
+        return memory_plan(4096, 1024, 65536, dtype, memory_budget=budget, device=device)
+
+    least, most = planned(0), planned("100GB")
+    assert least.kept_tiles == 0 and least.head_gemms == 4
+    assert most.kept_tiles == most.tiles and most.head_gemms == 3
+    previous = least
+    for budget in range(least.peak_bytes * 2, most.peak_bytes, most.peak_bytes // 20):
+        now = planned(budget)
+        assert now.peak_bytes <= budget
+        # A budget that buys larger tiles keeps whole ones of them.
+        assert now.head_gemms <= previous.head_gemms + 1 / now.tiles
+        previous = now
+
+
+@pytest.mark.parametrize(
+    "needs, gemms", [((False, False), 1), ((True, False), 2), ((False, True), 2), ((True, True), 3)]
+)
+def test_head_gemms(needs, gemms):
+    hidden, weight = needs
+    chosen = memory_plan(512, 64, 32768, needs_hidden=hidden, needs_weight=weight, memory_budget="10GB")
+    assert chosen.head_gemms == gemms
+    assert chosen.gradient_bytes == 2 * (512 * 64 * hidden + 32768 * 64 * weight)
+
+
+def test_gemma_head_in_64_megabytes():
+    chosen = memory_plan(1024, 640, 262144, memory_budget="64MB")
+    assert chosen.peak_bytes <= 64 * 10**6
+    assert 3 < chosen.head_gemms < 4
+
+
+def peak_of(work):
+    """Result of `work`, and the largest and the last number of bytes it held on the CPU beyond those before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert len(events) > 10
+    return result, peak, held
+
+
+@pytest.mark.parametrize("budget", [0, "20MB"])
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)], ids=["hidden", "weight", "both"])
+@pytest.mark.parametrize(
+    "rows, positions, hidden, vocab, dtype",
+    [(600, 800, 128, 16384, torch.bfloat16), (300, 600, 64, 9000, torch.float32)],
+)
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_predicted_peak_against_counted_allocations(
+    live_backend, backend, rows, positions, hidden, vocab, dtype, needs, budget
+):
+    live_backend(backend)
+    inputs = [
+        torch.randn(positions, hidden).to(dtype).requires_grad_(needs[0]),
+        torch.randn(vocab, hidden).to(dtype).requires_grad_(needs[1]),
+    ]
+    labels = torch.randint(vocab, (positions,))
+    labels[torch.randperm(positions)[rows:]] = -100
+    chosen = memory_plan(
+        rows,
+        hidden,
+        vocab,
+        dtype,
+        needs_hidden=needs[0],
+        needs_weight=needs[1],
+        positions=positions,
+        memory_budget=budget,
+        backend=backend,
+    )
+    assert (chosen.kept_tiles == 0) == (budget == 0 or not needs[1])
+
+    logps, forward, held = peak_of(
+        lambda: linear_token_logprobs(*inputs, labels, memory_budget=budget, backend=backend)
+    )
+    wanted = [x for x in inputs if x.requires_grad]
+    _, backward, _ = peak_of(lambda: torch.autograd.grad(logps, wanted, torch.ones_like(logps)))
+    measured = max(forward, held + backward - chosen.gradient_bytes) - logps.nbytes
+    assert measured <= chosen.peak_bytes <= 1.1 * measured
+
+
+@pytest.mark.parametrize("scale", [0.01, 3.0], ids=["all-active", "sparse"])
+def test_prediction_with_a_filter_is_an_upper_bound(live_backend, scale):
+    live_backend("native")
+    inputs = [torch.randn(300, 64).requires_grad_(), (scale * torch.randn(9000, 64)).requires_grad_()]
+    labels = torch.randint(9000, (300,))
+    for budget in (0, "8MB", "1GB"):
+        chosen = memory_plan(300, 64, 9000, torch.float32, memory_budget=budget, gradient_filter=1e-4, backend="native")
+        logps, forward, held = peak_of(
+            lambda budget=budget: linear_token_logprobs(
+                *inputs, labels, memory_budget=budget, gradient_filter=1e-4, backend="native"
+            )
+        )
+        _, backward, _ = peak_of(lambda logps=logps: torch.autograd.grad(logps, inputs, torch.ones_like(logps)))
+        assert max(forward, held + backward - chosen.gradient_bytes) - logps.nbytes <= chosen.peak_bytes
