@@ -450,10 +450,11 @@ class _TileSum:
 
 
 def _pieces(head: Head, saved: Saved, schedule: Schedule, tile: int) -> Iterator[tuple[slice, Place]]:
-    """The rows of a tile, together where its U lies together and is read as it lies, else chunk by chunk."""
-    places = [chunk[tile] for chunk in schedule.places]
-    together = all(place.offset >= 0 for place in places) and not len(saved.columns)
-    if places and together and head.operand_dtype == saved.kept.dtype:
+    """The rows of a tile, all at once where their U lies as one and is read as it lies, else chunk by chunk."""
+    places, columns = [chunk[tile] for chunk in schedule.places], schedule.tiles[tile]
+    size = columns.stop - columns.start
+    as_one = [Place(places[0].offset + rows.start * size) for rows in schedule.chunks] if places else []
+    if places and places[0].offset >= 0 and places == as_one and head.operand_dtype == saved.kept.dtype:
         yield slice(0, len(saved.positions)), places[0]
     else:
         yield from zip(schedule.chunks, places)
