@@ -12,9 +12,9 @@ from training import arguments, dataset, parameters, tiny_model
 METRICS = ("loss", "accuracy", "margin", "logp_best", "logp_worst", "scored_tokens", "dropped_tokens")
 
 
-def run(out: Path) -> dict:
+def run(out: Path, **backend: str) -> dict:
     """Two steps of four groups each, over however many processes there are; what the main process saw."""
-    args = arguments(out, ddp_backend="gloo", optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_steps=2)
+    args = arguments(out, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_steps=2, **backend)
     args.gradient_accumulation_steps = 2 // args.world_size
     train, held_out = dataset(8, (2, 4, 3)), dataset(7, (3, 2), seed=1)
     computed = attach_reference_logps([train, held_out], tiny_model(seed=1), args, cache_dir=out / "cache")
@@ -31,4 +31,4 @@ def run(out: Path) -> dict:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    run(Path(sys.argv[1]), ddp_backend="gloo")
