@@ -12,18 +12,17 @@ from rpo_kernels.profile.problem import Inputs, Problem, find_truth, sequences_o
 from rpo_kernels.profile.providers import Unavailable, providers
 from rpo_kernels.profile.timing import preserved
 
-CASES = [
-    (kind, p) for kind in ("logits", "head", "frozen") for p in providers("logits" if kind == "logits" else "head")
-]
+KINDS = {"logits": "logits", "head": "head", "frozen": "head"}
+CASES = [(kind, provider) for kind, level in KINDS.items() for provider in providers(level)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}: {case[1].name}")
 def loaded(request):
-    """Provider, its function and inputs, once it is known to be right."""
+    """Kind, provider, its function and inputs, once it is known to be right."""
     kind, provider = request.param
     option = request.config.getoption
     sequences, length = sequences_of(option("--rows"), option("--responses"))
-    level, hidden = ("logits", 0) if kind == "logits" else ("head", option("--hidden"))
+    level, hidden = KINDS[kind], 0 if kind == "logits" else option("--hidden")
     sizes = (sequences, length, option("--vocab"), hidden, option("--responses"), option("--dtype"), option("--device"))
     problem = Problem(level, "bench", *sizes, frozen=kind == "frozen")
     torch._dynamo.reset()
@@ -32,9 +31,9 @@ def loaded(request):
     except Unavailable as reason:
         pytest.skip(str(reason))
     inputs = Inputs.make(problem)
-    outcome = verdict(check(run, inputs, find_truth(inputs), provider.inplace), problem)
+    outcome = verdict(check(run, inputs, find_truth(inputs), provider.inplace), problem, provider.approximate)
     assert outcome["status"] == "ok", outcome["reason"]
-    return provider, run, inputs
+    return kind, provider, run, inputs
 
 
 def wait(inputs: Inputs) -> None:
@@ -44,7 +43,8 @@ def wait(inputs: Inputs) -> None:
 
 def test_evaluation(loaded, benchmark):
     """Loss without gradients."""
-    _, run, inputs = loaded
+    kind, _, run, inputs = loaded
+    benchmark.group = f"{kind}: evaluation"
 
     @torch.no_grad()
     def evaluate():
@@ -56,7 +56,8 @@ def test_evaluation(loaded, benchmark):
 
 def test_training(loaded, benchmark):
     """Loss and gradients."""
-    provider, run, inputs = loaded
+    kind, provider, run, inputs = loaded
+    benchmark.group = f"{kind}: forward and backward"
 
     def train():
         loss, _ = run(inputs)

@@ -53,7 +53,7 @@ def test_providers_that_load_are_right(problem):
             assert str(reason)
             continue
         inputs = Inputs.make(problem)
-        outcome = verdict(check(run, inputs, find_truth(inputs), provider.inplace), problem)
+        outcome = verdict(check(run, inputs, find_truth(inputs), provider.inplace), problem, provider.approximate)
         assert outcome["status"] == "ok", (provider.name, outcome)
         assert torch.equal(Inputs.make(problem).labels, inputs.labels)
         checked.append(provider.name)
@@ -70,11 +70,11 @@ def test_a_wrong_provider_is_reported_wrong():
 
     inputs = Inputs.make(LOGITS)
     for run in (off_by_one, nan):
-        assert verdict(check(run, inputs, find_truth(inputs), False), LOGITS)["status"] == "wrong"
+        assert verdict(check(run, inputs, find_truth(inputs), False), LOGITS, False)["status"] == "wrong"
 
 
 def test_missing_and_foreign_providers_say_why():
-    missing = providers.Provider("x", "logits", lambda _: None, None, "no-such-distribution", False)
+    missing = providers.Provider("x", "logits", lambda _: None, None, "no-such-distribution", False, False)
     assert missing.why_not("cpu") == "no-such-distribution is not installed"
     assert measure_peaks(missing, [LOGITS], None)[0]["status"] == "unavailable"
     gpu = missing._replace(package=None, device="cuda")

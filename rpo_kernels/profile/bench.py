@@ -228,7 +228,7 @@ def _measure_time(problem: Problem, entry: dict[str, Any], chosen: list[Provider
         with recorded(result, problem.device, _START_SECONDS):
             run = provider.load(problem)
             result["errors"] = check(run, small_inputs, truth, provider.inplace)
-            result.update(verdict(result["errors"], small))
+            result.update(verdict(result["errors"], small, provider.approximate))
             if result["status"] == "ok":
                 warm_up(run, inputs, provider.inplace)
                 runs[provider.name] = run
@@ -257,9 +257,9 @@ def check(run: Run, inputs: Inputs, truth: Truth, inplace: bool) -> dict[str, fl
         return truth.errors(loss.detach(), logps.detach(), grads)
 
 
-def verdict(errors: dict[str, float], problem: Problem) -> dict[str, str | None]:
+def verdict(errors: dict[str, float], problem: Problem, approximate: bool) -> dict[str, str | None]:
     """Whether a provider's results are right for the dtype: `status` ok or wrong, and `reason`."""
-    gradient, nats = _TOLERANCES[problem.dtype]
+    gradient, nats = _TOLERANCES["bfloat16" if approximate else problem.dtype]
     for name, error in errors.items():
         allowed = gradient if name.startswith("grad_") else nats * problem.length
         if not error <= allowed:  # NaN is wrong too

@@ -161,25 +161,34 @@ def _memory_bars(ax: Any, names: list[str], runs: dict[str, Any], colors: dict[s
 
 def _sweep(entries: list[Entry], data: dict[str, Any]) -> Any:
     """Time and peak memory as they grow with rows, or with the vocabulary."""
+    from matplotlib.ticker import LogLocator
+
     axis = 0 if len({_size(e)[0] for e in entries}) > 1 else 1
     entries = sorted(entries, key=lambda e: _size(e)[axis])
     sizes = [_size(e)[axis] for e in entries]
-    names = list(dict.fromkeys(n for e in entries for n, r in e["providers"].items() if r["status"] != "unavailable"))
-    names = [n for n in names if any("forward_s" in e["providers"].get(n, {}) for e in entries)]
+    shown = ("ok", "out of memory")
+    names = list(dict.fromkeys(n for e in entries for n, r in e["providers"].items() if r["status"] in shown))
     figure, axes = new_figure(1, 2, (11, 4.6))
     colors = color_of(names)
     quantities: list[tuple[str, Callable]] = [
         ("forward + backward, ms", lambda run: median(step_samples(run)) * 1000 if "forward_s" in run else None),
-        ("peak memory beyond the inputs, GB", lambda run: run["peak_bytes"] / 1e9 if "peak_bytes" in run else None),
+        (
+            "peak memory beyond the inputs, GB (less than 1 MB drawn as 1 MB)",
+            lambda run: max(run["peak_bytes"] / 1e9, 1e-3) if "peak_bytes" in run else None,
+        ),
     ]
     for ax, (label, quantity) in zip(axes[0], quantities):
         for name in names:
             runs = [e["providers"].get(name, {"status": "unavailable"}) for e in entries]
             _line(ax, sizes, [quantity(run) for run in runs], runs, name, colors[name])
-        ax.set(xscale="log", yscale="log", xlabel=("rows (scored tokens)", "vocabulary")[axis])
+        drawn = any(len(line.get_xdata()) for line in ax.lines)
+        ax.set(xscale="log", yscale="log" if drawn else "linear", xlabel=("rows (scored tokens)", "vocabulary")[axis])
         ax.set_title(label, fontsize=9, loc="left")
         ax.set_xticks(sizes, [f"{s:,}" for s in sizes], fontsize=8)
         ax.minorticks_off()
+        if drawn:
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
         ax.tick_params(axis="y", labelsize=8)
         ax.grid(alpha=0.25)
     figure.suptitle(_sweep_title(entries[0], axis), fontsize=10)
@@ -188,15 +197,13 @@ def _sweep(entries: list[Entry], data: dict[str, Any]) -> Any:
 
 
 def _line(ax: Any, sizes: list[int], values: list[float | None], runs: list[Any], name: str, color: str) -> None:
-    known = [(s, v) for s, v in zip(sizes, values) if v is not None]
-    if not known:
-        return
+    stopped = next((f"{s:,}" for s, run in zip(sizes, runs) if run["status"] == "out of memory"), None)
+    label = name + (f"\n(out of memory at {stopped})" if stopped else "")
     width = 2.2 if name.startswith("rpo_kernels") else 1.2
-    ax.plot(*zip(*known), marker="o", markersize=3.5, linewidth=width, color=color, label=name)
-    stopped = any(run["status"] == "out of memory" for run in runs)
-    if stopped:
+    known = [(s, v) for s, v in zip(sizes, values) if v is not None]
+    ax.plot(*(zip(*known) if known else ([], [])), marker="o", ms=3.5, linewidth=width, color=color, label=label)
+    if stopped and known:
         ax.plot(*known[-1], marker="x", markersize=11, markeredgewidth=2, color=color)
-        ax.annotate("out of\nmemory", known[-1], xytext=(7, 0), textcoords="offset points", fontsize=6.5, color=color)
 
 
 def _sweep_title(entry: Entry, axis: int) -> str:

@@ -4,6 +4,7 @@ Needs nothing but what is installed. Results go to bench/results/<device>/; a ru
 time, is continued by the next one, which skips what is done.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from .reports import describe_machine, device_slug, same_setup, save_json
 
 TOTAL_SECONDS = 8.5 * 60
 _CLI = ["-m", "rpo_kernels.cli"]
+_PARALLEL = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 _DEVICE_LOST = 3  # exit status of a benchmark that can go on in a new process
 
 
@@ -34,7 +36,7 @@ def _bench(name: str, arguments: str, seconds: int = 150) -> Step:
 
 
 STEPS = [
-    Step("tests", 150, ["-m", "pytest", "-q", "-m", "not real", "-p", "no:cacheprovider", "tests"]),
+    Step("tests", 150, ["-m", "pytest", "-q", "-m", "not real", *_PARALLEL, "tests"]),
     _bench("shapes", "--model llama-3.1-8b --level head"),
     _bench("shapes", "--model llama-3.1-8b --level frozen logits"),
     Step(

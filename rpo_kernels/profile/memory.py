@@ -203,7 +203,7 @@ def _trace(run: Run, inputs: Inputs) -> tuple[dict[str, Any], dict[str, int]]:
         events = _cpu_events(profiler.profiler.kineto_results.experimental_event_tree(), ())
         snapshot = {"segments": [], "device_traces": [sorted(events, key=lambda e: e["time_us"])]}
     else:
-        torch.cuda.memory._record_memory_history(max_entries=200_000)
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=200_000, clear_history=True)
         grads = _step(run, inputs)
         snapshot = torch.cuda.memory._snapshot()
         torch.cuda.memory._record_memory_history(enabled=None)

@@ -56,7 +56,7 @@ def _(problem: Problem) -> Run:
     return run
 
 
-@provider("cut-cross-entropy", "head", package="cut-cross-entropy", device="cuda")
+@provider("cut-cross-entropy", "head", package="cut-cross-entropy", device="cuda", approximate=True)
 def _(problem: Problem) -> Run:
     return _cut_cross_entropy(problem, impl="cce")
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..kernels.contract import TokenOptions
 
 BETA = 0.01  # small, so that random inputs do not saturate the loss
-_SLICE = 16384  # vocabulary columns of float64 held at once
+_SLICE = 16384  # rows of the weight in float64 at once
+_CHUNK = {"cpu": 2**24, "cuda": 2**28}  # logits in float64 at once
 
 
 class Problem(NamedTuple):
@@ -163,7 +164,7 @@ def find_truth(inputs: Inputs, columns: int = 1024) -> Truth:
     chosen = torch.linspace(0, problem.vocab - 1, min(columns, problem.vocab), device=labels.device).long()
     chosen = torch.cat([chosen, labels[:columns]]).unique()
     logps, unit_columns, unit_hidden = [], [], []
-    chunk = max(1, 2**24 // problem.vocab)
+    chunk = max(1, _CHUNK[problem.device] // problem.vocab)
     for start in range(0, problem.rows, chunk):
         rows = slice(start, start + chunk)
         logits = _float64_logits(inputs, rows).requires_grad_()

@@ -40,6 +40,7 @@ class Provider(NamedTuple):
     device: str | None  # the device type it needs, None for any
     package: str | None  # the distribution it comes from, None for torch and this package
     inplace: bool  # it overwrites the logits it is given
+    approximate: bool  # its gradients are meant to differ, so they are held to half precision's error in any dtype
 
     def load(self, problem: Problem) -> Run:
         """The function to run.
@@ -79,14 +80,18 @@ def provider(
     device: str | None = None,
     package: str | None = None,
     inplace: bool = False,
+    approximate: bool = False,
     lift: str | None = None,
 ) -> Callable:
     """Register a provider; as `lift`, if given, also at the head level, where it gets the logits of one plain GEMM."""
 
     def register(make: Callable[[Problem], Run]) -> Callable[[Problem], Run]:
-        PROVIDERS.append(Provider(name, level, make, device, package, inplace))
+        one = Provider(name, level, make, device, package, inplace, approximate)
+        PROVIDERS.append(one)
         if lift:
-            PROVIDERS.append(Provider(lift, "head", lambda problem: _lifted(make(problem)), device, package, False))
+            PROVIDERS.append(
+                one._replace(name=lift, level="head", make=lambda problem: _lifted(make(problem)), inplace=False)
+            )
         return make
 
     return register
@@ -174,7 +179,7 @@ def _(problem: Problem) -> Run:
     return _head_level(problem, memory_budget="64MB")
 
 
-@provider("rpo_kernels filter 2^-16", "head")
+@provider("rpo_kernels filter 2^-16", "head", approximate=True)
 def _(problem: Problem) -> Run:
     return _head_level(problem, gradient_filter=GRADIENT_FILTER)
 

@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .. import __version__
 from .problem import Problem
 from .timing import median, spread
 
@@ -40,7 +41,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(terse=True),
         "python": platform.python_version(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "versions": {"rpo-kernels": __version__, **{name: v for name in _PACKAGES if (v := _version(name))}},
         "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -148,7 +149,7 @@ def step_samples(run: dict[str, Any]) -> list[float]:
 def reasons(entry: dict[str, Any]) -> list[str]:
     """Why each provider without a result has none."""
     return [
-        f"{name}: {run['status']}" + (f", {run['reason']}" if run["reason"] else "")
+        f"{name}: {run['status']}" + ("" if run["status"] == "out of memory" else f", {run['reason']}")
         for name, run in entry["providers"].items()
         if run["status"] != "ok"
     ]
