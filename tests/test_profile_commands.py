@@ -45,11 +45,11 @@ def test_bench_writes_every_sample(bench):
     assert data["machine"]["versions"]["torch"] and data["machine"]["date"] and data["rates"]["copy"] > 0
     assert len(data["problems"]) == 4
     for entry in data["problems"]:
-        runs = [run for run in entry["providers"].values() if run["status"] == "ok"]
-        assert runs
-        for run in runs:
-            assert len(run["forward_s"]) == len(run["backward_s"]) == len(run["evaluation_s"]) >= 3
-            assert run["peak_bytes"] >= 0 and run["errors"]
+        results = [result for result in entry["providers"].values() if result["status"] == "ok"]
+        assert results
+        for result in results:
+            assert len(result["forward_s"]) == len(result["backward_s"]) == len(result["evaluation_s"]) >= 3
+            assert result["peak_bytes"] >= 0 and result["errors"]
     assert {p.name for p in bench.parent.iterdir()} >= {"bench-logits.png", "bench-logits.svg", "bench-head-frozen.png"}
 
 

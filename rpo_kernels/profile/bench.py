@@ -35,7 +35,7 @@ _TRUTH_FLOPS = {"cpu": 5e10}  # of the float64 check; on a GPU the whole problem
 # By dtype: gradient error (relative) and log-probability error (nats a token) above which a provider is wrong.
 _TOLERANCES = {"float32": (1e-3, 1e-4), "bfloat16": (0.1, 0.02), "float16": (0.1, 0.02)}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"model": ["gemma-3-270m"], "rows": {"logits": [512], "head": [128], "frozen": [128]}, "seconds": 15.0},
+    "cpu": {"model": ["qwen2.5-0.5b"], "rows": {"logits": [256], "head": [64], "frozen": [64]}, "seconds": 10.0},
     "cuda": {
         "model": ["llama-3.1-8b", "qwen2.5-7b", "gemma-2-2b"],
         "rows": {"logits": [8192], "head": [8192], "frozen": [8192]},
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="rpo-kernels bench", description=__doc__)
     parser.add_argument("--model", nargs="+", metavar="NAME", help=f"shapes: {', '.join(MODELS)}")
-    parser.add_argument("--level", nargs="+", choices=LEVELS, default=list(LEVELS), help="default: all three")
+    parser.add_argument("--level", nargs="+", choices=LEVELS, help="default: all; on a CPU logits and head")
     parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="scored tokens; several make a sweep")
     parser.add_argument(
         "--vocab", nargs="+", type=int, metavar="V", help="instead of the model's; several make a sweep"
@@ -93,6 +93,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.responses < 2:
         parser.error(f"--responses must be at least 2, got {args.responses}")
     args.seconds = args.seconds or _DEFAULTS[args.device]["seconds"]
+    args.level = args.level or (LEVELS if args.device == "cuda" else LEVELS[:2])
     return args
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from .memory import text_of
 from .reports import describe_machine, device_slug, same_setup, save_json
 
 TOTAL_SECONDS = 8.5 * 60
@@ -89,7 +90,7 @@ def run(step: Step, seconds: float, folder: Path) -> int:
             done = subprocess.run(command, timeout=left, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             output, status = done.stdout, done.returncode
         except subprocess.TimeoutExpired as expired:
-            output, status = (expired.stdout or b"").decode(errors="replace"), 124
+            output, status = text_of(expired.stdout), 124
         print(output, flush=True)
         with log.open("a") as file:
             file.write(f"== {step.name}: exit status {status}\n{output}\n")

@@ -77,12 +77,17 @@ def _run_child(provider: Provider, problems: list[Problem], limit, snapshots, ti
         )
         output, errors, code = done.stdout, done.stderr, f"exit status {done.returncode}"
     except subprocess.TimeoutExpired as expired:
-        output, errors, code = (x.decode() if x else "" for x in (expired.stdout, expired.stderr, b"timed out"))
+        output, errors, code = text_of(expired.stdout), text_of(expired.stderr), "timed out"
     results = [json.loads(line[2:]) for line in output.splitlines() if line.startswith("> ")]
     stopped = results and results[-1]["status"] == "out of memory"
     if len(results) < len(problems) and not stopped:
         results.append(failure(f"{code}: {errors.strip()[-300:]}"))
     return results
+
+
+def text_of(output: str | bytes | None) -> str:
+    """What a process that was stopped had written."""
+    return output if isinstance(output, str) else (output or b"").decode(errors="replace")
 
 
 def failure(message: str) -> dict[str, Any]:
