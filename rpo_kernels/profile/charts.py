@@ -4,6 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
 from .problem import Problem
 from .reports import format_bytes, format_ms, step_samples
 from .timing import median, spread
@@ -67,11 +70,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     """A figure and its axes `[rows, columns]`, drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -161,8 +160,6 @@ def _memory_bars(ax: Any, names: list[str], runs: dict[str, Any], colors: dict[s
 
 def _sweep(entries: list[Entry], data: dict[str, Any]) -> Any:
     """Time and peak memory as they grow with rows, or with the vocabulary."""
-    from matplotlib.ticker import LogLocator
-
     axis = 0 if len({_size(e)[0] for e in entries}) > 1 else 1
     entries = sorted(entries, key=lambda e: _size(e)[axis])
     sizes = [_size(e)[axis] for e in entries]
