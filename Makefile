@@ -18,7 +18,7 @@ train: $(VENV)/.train
 	$(BIN)/rpo-kernels train
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -m "not real"
+	$(BIN)/python -m pytest -m "not real" -n 2 --durations 15
 
 gpu:
 	$(PYTHON) -m rpo_kernels.profile.gpu
