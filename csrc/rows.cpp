@@ -208,23 +208,30 @@ inline double sum(Floats x) {
   return s;
 }
 
+// Each of the sums takes a few dozen terms before it goes into the next: where one large term has made a sum coarse,
+// few small ones are rounded to that.
 template <class T, class Transform, bool kExtras>
 inline Partial block_stats(const Transform& transform, const T* x, int64_t columns) {
-  constexpr int kSets = 16 / kLanes;  // as many partial sums at every level: the fewer terms in each, the less is lost
-  Sums<kExtras> sums[kSets];
+  constexpr int kSets = 16 / kLanes;  // as many partial sums at every level
+  constexpr int64_t kChunk = 32 * kSets * kStep;
+  Sums<kExtras> all;
   int64_t i = 0;
-  for (; i + kSets * kStep <= columns; i += kSets * kStep) {
-    prefetch(x + i);
-    for (int set = 0; set < kSets; ++set) sums[set].add(transform, load_step(x + i + set * kStep));
+  while (i + kStep <= columns) {
+    Sums<kExtras> sums[kSets];
+    const int64_t end = columns - i < kChunk ? columns : i + kChunk;
+    for (; i + kSets * kStep <= end; i += kSets * kStep) {
+      prefetch(x + i);
+      for (int set = 0; set < kSets; ++set) sums[set].add(transform, load_step(x + i + set * kStep));
+    }
+    for (int set = 0; i + kStep <= end; ++set, i += kStep) sums[set].add(transform, load_step(x + i));
+    for (const Sums<kExtras>& set : sums) all.add(set);
   }
-  for (int set = 0; i + kStep <= columns; ++set, i += kStep) sums[set].add(transform, load_step(x + i));
   if (i < columns) {
     const Tail<T> tail(x + i, columns - i);
-    sums[kSets - 1].add(transform, load_step(tail.x), load_step(tail.counts) > 0.0f);
+    all.add(transform, load_step(tail.x), load_step(tail.counts) > 0.0f);
   }
-  for (int set = 1; set < kSets; ++set) sums[0].add(sums[set]);
-  return {transform.reference, sum(sums[0].sumexp), sum(sums[0].weighted) * kLn2,
-          sum(sums[0].total) * kLn2 + double(columns) * transform.reference, largest(sums[0].top)};
+  return {transform.reference, sum(all.sumexp), sum(all.weighted) * kLn2,
+          sum(all.total) * kLn2 + double(columns) * transform.reference, largest(all.top)};
 }
 
 template <class T>
@@ -261,9 +268,13 @@ void run_stats(const TokenTransform& options, const T* x, int64_t columns, Parti
     run.total += block.total;
     run.top = block.top > run.top ? block.top : run.top;
   }
+  if (run.top == -kInfinity) return;
   // The largest term, which in a confident row is nearly all of the sum, is made exact.
-  const double rounded = exp2(transform.log2_weight(run.top)).a[0];
-  run.sumexp += __builtin_exp(rpo::transform(options, run.top) - run.reference) - rounded;
+  const Floats y = transform.log2_weight(run.top);
+  const double away = rpo::transform(options, run.top) - run.reference, weight = __builtin_exp(away);
+  const double rounded_away = y.a[0] * kLn2, rounded_weight = exp2(y).a[0];
+  run.sumexp += weight - rounded_weight;
+  run.weighted += weight * away - rounded_weight * rounded_away;
 }
 
 // ---- gradient

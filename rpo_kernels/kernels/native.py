@@ -31,7 +31,7 @@ def available() -> bool:
 def reason() -> str | None:
     """Why the native backend cannot run here, or None if it can."""
     if not LIBRARY.exists():
-        return f"{LIBRARY.name} was not built: no C++ compiler was found when the package was installed"
+        return f"{LIBRARY.name} was not built when the package was installed: it takes a C++ compiler"
     try:
         _library()
     except OSError as error:
