@@ -372,8 +372,8 @@ def backward_weight(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight `[V, H]` and the bias `[V]`; empty where not needed."""
     gradients = (
-        torch.zeros_like(head.weight) if needs_weight else head.weight.new_empty(0),
-        head.weight.new_zeros(len(head.weight)) if needs_bias else head.weight.new_empty(0),
+        torch.empty_like(head.weight) if needs_weight else head.weight.new_empty(0),
+        head.weight.new_empty(len(head.weight)) if needs_bias else head.weight.new_empty(0),
     )
     schedule = Schedule.load(saved.schedule)
     scratch = _Scratch(head, schedule)
@@ -439,8 +439,9 @@ class _TileSum:
 
     def finish(self) -> None:
         """Round to the gradient's dtype."""
-        if self.exact is not self.out:
-            self.out.copy_(self._filled())
+        total = self._filled()
+        if total is not self.out:
+            self.out.copy_(total)
 
     def _filled(self) -> Tensor:
         if self.empty:
