@@ -58,7 +58,9 @@ def attach_reference_logps(
     model.to(args.device)
     loss_layer = loss_layer or LossLayer.of(model)
     path = Path(cache_dir or default_cache_dir()) / f"{_model_key(model, args, loss_layer)}.jsonl"
-    known = _read(path)
+    known: LogpsByKey = {}
+    # One process reads for all: another might already see what a third has written, and share out the work otherwise.
+    _exchange(known, _read(path) if args.process_index == 0 else {}, args.world_size)
     computed = 0
     for dataset in datasets:
         todo = list({e.key: e for e in dataset.examples if e.key not in known}.values())
