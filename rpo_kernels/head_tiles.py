@@ -253,8 +253,8 @@ def forward(
         if chunk.gradient is not None:
             unit[span] = chunk.gradient
         del chunk
-    kept, columns = store.filled()
-    return stats[0].clone(), dropped, Saved(rows.positions, stats, log_scale, unit, kept, columns, schedule.dump())
+    kept, active = store.filled()
+    return stats[0].clone(), dropped, Saved(rows.positions, stats, log_scale, unit, kept, active, schedule.dump())
 
 
 class _Chunk:
