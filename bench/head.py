@@ -1,0 +1,242 @@
+"""The head level beside its peers on a CPU: head GEMMs, peak memory, growth with the rows, and precision.
+
+    python bench/head.py                                       # on random hidden states
+    python bench/head.py --model DIR --data pairs.jsonl        # the filter and the errors on a real model's
+    python bench/head.py --vocab 32768 --peers none --parts time sweep
+
+Every round runs everything once, in turn, one plain head GEMM included, so that a machine that slows down slows all.
+The fastest of the rounds is compared: what else runs on a machine only adds time. All samples go to the JSON file.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rpo_kernels import MemoryPlan, memory_plan
+from rpo_kernels.profile.memory import measure_peaks
+from rpo_kernels.profile.problem import Inputs, Problem, find_truth
+from rpo_kernels.profile.providers import Provider, Run, Unavailable, providers
+from rpo_kernels.profile.reports import describe_machine, format_bytes, save_json
+
+OURS = "rpo_kernels"
+FILTER = "rpo_kernels filter 2^-16"
+PEERS = ["eager torch", "TRL chunked log-probs", "Liger fused linear DPO", "cut-cross-entropy torch_compile"]
+GEMMS = {"head GEMM, float32": torch.float32, "head GEMM, bfloat16": torch.bfloat16}
+
+
+class Bench:
+    """What the parts share: sizes, inputs, where results go."""
+
+    def __init__(self, args: argparse.Namespace, console: Console):
+        self.args, self.console = args, console
+        self.report: dict[str, Any] = {"kind": "head", "machine": describe_machine("cpu"), "real": bool(args.model)}
+        self.real = real_hidden_states(args) if args.model else None
+        if self.real is None:
+            console.print("no --model: random hidden states; the filter's figures say nothing about a trained model\n")
+
+    def problem(self, rows: int, frozen: bool = False, sequences: int = 8) -> Problem:
+        return Problem(
+            "head", "gemma-3-270m", sequences, rows // sequences, self.args.vocab, self.args.hidden, frozen=frozen
+        )
+
+    def inputs(self, problem: Problem) -> Inputs:
+        """Inputs of a problem; a real model's hidden states and head if they were given."""
+        made = Inputs.make(problem)
+        if self.real is None:
+            return made
+        hidden, labels, weight = *(x[: problem.rows] for x in self.real[:2]), self.real[2][: problem.vocab]
+        return made._replace(
+            hidden=hidden.view(*made.labels.shape, -1).clone().requires_grad_(),
+            labels=labels.view(made.labels.shape).clamp(max=problem.vocab - 1),
+            weight=weight.clone().requires_grad_(not problem.frozen),
+        )
+
+    def chosen(self) -> list[Provider]:
+        wanted = [] if self.args.peers == "none" else PEERS
+        return [p for p in providers("head") if p.name.startswith(OURS + " ") or p.name in (OURS, *wanted)]
+
+    def save(self) -> None:
+        save_json(self.report, self.args.output)
+
+
+def real_hidden_states(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states of the responses in a JSONL file `[N, H]`, the tokens they predict `[N]`, and the head `[V, H]`."""
+    from rpo_kernels.integrations.hf_head import find_head
+    from rpo_kernels.train.models import load_model, load_tokenizer
+
+    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    head = find_head(model)
+    most, hidden, labels = max(args.rows, 2000, *args.sweep), [], []
+    with open(args.data) as lines, torch.no_grad():
+        for line in itertools.cycle(lines.readlines()):
+            entry = json.loads(line)
+            prompt = tokenizer(entry["prompt"])["input_ids"]
+            response = tokenizer(entry["responses"][0]["text"], add_special_tokens=False)["input_ids"]
+            states = head.backbone(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
+            hidden.append(states[len(prompt) - 1 : -1])
+            labels += response
+            if len(labels) >= most:
+                break
+    return torch.cat(hidden).bfloat16(), torch.tensor(labels), head.weight.detach().bfloat16()
+
+
+def load(bench: Bench, problem: Problem) -> tuple[dict[str, Run], dict[str, str]]:
+    """Providers ready to run, and why others are not."""
+    runs, missing = {}, {}
+    for provider in bench.chosen():
+        try:
+            runs[provider.name] = provider.load(problem)
+        except Unavailable as reason:
+            missing[provider.name] = str(reason)
+    return runs, missing
+
+
+def step(run: Run, inputs: Inputs) -> None:
+    loss, _ = run(inputs)
+    torch.autograd.grad(loss, list(inputs.leaves.values()))
+
+
+def sample(
+    functions: dict[str, Callable[[], Any]], rounds: int, once: set[str] = frozenset()
+) -> dict[str, list[float]]:
+    """Seconds of each round after the first, which compiles; `once`: these take part in one round only."""
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            if number > 1 and name in once:
+                continue
+            start = time.perf_counter()
+            function()
+            if number:
+                samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def gemms_of(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """One head GEMM each in the dtypes that a CPU might do it in."""
+    operands = [
+        (name, inputs.hidden.detach().flatten(0, 1).to(dtype), inputs.weight.detach().to(dtype))
+        for name, dtype in GEMMS.items()
+    ]
+    return {name: functools.partial(torch.mm, hidden, weight.T) for name, hidden, weight in operands}
+
+
+def measure_time(bench: Bench) -> None:
+    """Forward and backward at the main size, head trained and frozen."""
+    for frozen in (False, True):
+        torch.compiler.reset()
+        problem = bench.problem(bench.args.rows, frozen)
+        inputs = bench.inputs(problem)
+        runs, missing = load(bench, problem)
+        timed = {name: functools.partial(step, run, inputs) for name, run in runs.items()}
+        slow = {name for name in runs if name in PEERS} if bench.args.peers == "once" else set()
+        samples = sample({**gemms_of(inputs), **timed}, bench.args.rounds, slow)
+        bench.report.setdefault("time", []).append(
+            {"title": problem.title, "rows": problem.rows, "frozen": frozen, "seconds": samples, "missing": missing}
+        )
+        show_time(bench.console, problem.title, samples, missing)
+        bench.save()
+
+
+def show_time(console: Console, title: str, samples: dict[str, list[float]], missing: dict[str, str]) -> None:
+    best = {name: min(values) for name, values in samples.items() if values}
+    unit = min(best[name] for name in GEMMS)
+    table = Table("", "fastest s", "samples", "head GEMMs", title=f"{title} (forward + backward)", title_justify="left")
+    for name, seconds in best.items():
+        table.add_row(name, f"{seconds:.3f}", str(len(samples[name])), f"{seconds / unit:.2f}")
+    console.print(table, *(f"{name} does not run here: {reason}" for name, reason in missing.items()), sep="\n")
+
+
+def measure_sweep(bench: Bench) -> None:
+    """Growth with the rows: this package's own, beside a GEMM of each size."""
+    table = Table("rows", "head GEMM s", *(f"{x}: s, GEMMs" for x in (OURS, FILTER)), title="growth with the rows")
+    for rows in bench.args.sweep:
+        problem = bench.problem(rows)
+        inputs = bench.inputs(problem)
+        runs, _ = load(bench, problem)
+        timed = {name: functools.partial(step, runs[name], inputs) for name in (OURS, FILTER)}
+        (gemm, multiply), *_ = gemms_of(inputs).items()
+        samples = sample({gemm: multiply, **timed}, max(1, bench.args.rounds // 2))
+        bench.report.setdefault("sweep", []).append({"rows": rows, "seconds": samples})
+        unit = min(samples[gemm])
+        cells = (f"{min(samples[x]):.2f}  {min(samples[x]) / unit:.2f}" for x in (OURS, FILTER))
+        table.add_row(str(rows), f"{unit:.2f}", *cells)
+        bench.save()
+    bench.console.print(table)
+
+
+def measure_precision(bench: Bench) -> None:
+    """Errors of two responses of 1,000 tokens against float64 from the same half-precision inputs."""
+    problem = bench.problem(2 * bench.args.length, sequences=2)
+    inputs = bench.inputs(problem)
+    truth = find_truth(inputs)
+    table = Table("", "nats", "dL/dhidden", "dL/dweight", title=f"errors: {problem.title}", title_justify="left")
+    runs, _ = load(bench, problem)
+    for name, run in runs.items():
+        loss, logps = run(inputs)
+        gradients = dict(zip(inputs.leaves, torch.autograd.grad(loss, list(inputs.leaves.values()))))
+        errors = truth.errors(loss, logps, gradients)
+        bench.report.setdefault("precision", {})[name] = errors
+        table.add_row(name, *(f"{errors[x]:.1e}" for x in ("nats_response", "grad_hidden", "grad_weight")))
+        bench.save()
+    bench.console.print(table)
+
+
+def measure_memory(bench: Bench) -> None:
+    """Peak of a training pass beyond its inputs, each provider in its own process, beside the plan's prediction."""
+    problem = bench.problem(bench.args.rows)
+    table = Table("", "peak", "planned", title=f"peak memory beyond the inputs: {problem.title}", title_justify="left")
+    for provider in bench.chosen():
+        (result,) = measure_peaks(provider, [problem], None)
+        budget = {OURS: None, f"{OURS} 64MB budget": "64MB"}
+        if provider.name in budget:
+            planned: MemoryPlan = memory_plan(
+                problem.rows, problem.hidden, problem.vocab, memory_budget=budget[provider.name]
+            )
+            result["planned_bytes"] = planned.peak_bytes + planned.gradient_bytes
+        bench.report.setdefault("memory", {})[provider.name] = result
+        peak = format_bytes(result["peak_bytes"]) if result["status"] == "ok" else result["reason"]
+        table.add_row(provider.name, peak, format_bytes(result["planned_bytes"]) if "planned_bytes" in result else "")
+        bench.save()
+    bench.console.print(table)
+
+
+PARTS = {"time": measure_time, "sweep": measure_sweep, "precision": measure_precision, "memory": measure_memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="directory, hub id or .gguf file of the model whose hidden states to take")
+    parser.add_argument("--data", type=Path, help="JSONL file with prompts and responses, with --model")
+    parser.add_argument("--rows", type=int, default=1024, help="scored tokens, a multiple of 8")
+    parser.add_argument("--vocab", type=int, default=262144)
+    parser.add_argument("--hidden", type=int, default=640)
+    parser.add_argument("--length", type=int, default=1000, help="tokens a response in the precision part")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sweep", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument(
+        "--peers", choices=["all", "once", "none"], default="once", help="once: one timed round of them"
+    )
+    parser.add_argument("--parts", choices=list(PARTS), nargs="+", default=list(PARTS))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cpu-head.json")
+    args = parser.parse_args()
+    if args.model and not args.data:
+        parser.error("--model needs --data")
+    console = Console(width=120)
+    bench = Bench(args, console)
+    console.print(bench.report["machine"])
+    for part in args.parts:
+        PARTS[part](bench)
+
+
+if __name__ == "__main__":
+    main()
