@@ -212,7 +212,6 @@ def test_int32_labels(backend, backend_device):
         (lambda x, y: (x.double(), y, dict(backend="native")), "native"),
         (lambda x, y: (x, y.to("meta"), {}), "labels must be on the logits' device"),
     ],
-    ids=str,
 )
 def test_bad_input_is_named(change, message):
     logits, labels, options = change(*make())
