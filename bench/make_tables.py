@@ -2,52 +2,107 @@
 
     python bench/make_tables.py
 
-In README.md, what stands between `<!-- begin results: bench/results/.../NAME.json -->` and `<!-- end results -->` is
-replaced by that file's tables and charts, with the device and versions they come from.
+In README.md, what stands between `<!-- begin results: bench/results/NAME.json -->` and `<!-- end results -->` is
+replaced by that file's tables and charts, with the device and versions they come from. A word after the file's name
+keeps the tables (`tables`) or the charts (`charts`) only.
 """
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rpo_kernels.profile.capacity import memory_lines
 from rpo_kernels.profile.charts import draw_bench, draw_memory
-from rpo_kernels.profile.reports import columns_of, format_ms, reasons
+from rpo_kernels.profile.reports import columns_of, format_bytes, format_ms, reasons
 
-_BLOCK = re.compile(r"(<!-- begin results: (\S+) -->\n).*?(<!-- end results -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- begin results: (?P<path>\S+)(?: (?P<only>tables|charts))? -->\n).*?(<!-- end results -->)", re.DOTALL
+)
 
 
 def fill(readme: Path) -> None:
     """Replace every results block of a Markdown file; paths are relative to the file."""
 
     def block(match: re.Match[str]) -> str:
-        path = readme.parent / match[2]
+        path = readme.parent / match["path"]
         data = json.loads(path.read_text())
-        draw = draw_bench if data["kind"] == "bench" else draw_memory
-        charts = [chart.relative_to(readme.parent) for chart in draw(data, path.parent, path.stem)]
-        pictures = "".join(f"\n![{chart.stem}]({chart})\n" for chart in charts)
-        return f"{match[1]}{markdown(data)}{pictures}{match[3]}"
+        draw = {"bench": draw_bench, "memory": draw_memory}.get(_kind(data))
+        charts = [chart.relative_to(readme.parent) for chart in draw(data, path.parent, path.stem)] if draw else []
+        text = source(data) + ("" if match["only"] == "charts" else markdown(data))
+        if match["only"] != "tables":
+            text += "".join(f"\n![{chart.stem}]({chart})\n" for chart in charts)
+        return f"{match[1]}{text}{match[4]}"
 
     readme.write_text(_BLOCK.sub(block, readme.read_text()))
 
 
-def markdown(data: dict[str, Any]) -> str:
-    """A results file as Markdown: where it comes from, then a table for each problem."""
+def source(data: dict[str, Any]) -> str:
+    """Where results come from, as a line of Markdown."""
     machine = data["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    driver = f", driver {machine['driver']}" if machine["driver"] else f", {machine['threads']} threads"
-    source = f"{machine['device']}{driver}, {machine['date'][:10]}; {versions}"
-    if data["kind"] == "memory":
-        return f"\n{source}.\n\n{data['title']}:\n\n{_table(*memory_lines(data))}"
-    rates = data["rates"]
-    parts = [f"\n{source}. Copy {rates['copy'] / 1e9:.0f} GB/s, read {rates['read'] / 1e9:.0f} GB/s.\n"]
+    driver = f"driver {machine['driver']}" if machine["driver"] else f"{machine['threads']} threads"
+    rates = data.get("rates")
+    speeds = f" Copy {rates['copy'] / 1e9:.0f} GB/s, read {rates['read'] / 1e9:.0f} GB/s." if rates else ""
+    return f"\n{machine['device']}, {driver}, {machine['date'][:10]}; {versions}.{speeds}\n"
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """A results file's tables."""
+    tables = {"bench": _bench, "memory": _memory, "native": _native, "head": _head}[_kind(data)]
+    return "".join(
+        f"\n{title}:\n\n{_table(header, lines)}" + (f"\nNot measured: {'; '.join(absent)}.\n" if absent else "")
+        for title, header, lines, absent in tables(data)
+    )
+
+
+def _kind(data: dict[str, Any]) -> str:
+    return "native" if "cases" in data else data["kind"]
+
+
+Tables = Iterator[tuple[str, list[str], list[list[str]], list[str]]]  # title, header, rows, what is absent and why
+
+
+def _bench(data: dict[str, Any]) -> Tables:
     for entry in data["problems"]:
         gemm = f" (one head GEMM {format_ms(entry['gemm_s'])} ms, {entry['gemm_dtype']})" if "gemm_s" in entry else ""
-        parts.append(f"\n{entry['title']}{gemm}:\n\n{_table(*columns_of(entry, rates))}")
-        if absent := reasons(entry):
-            parts.append(f"\nNot measured: {'; '.join(absent)}.\n")
-    return "".join(parts)
+        header, lines = columns_of(entry, data["rates"])
+        yield entry["title"] + gemm, header, lines, reasons(entry)
+
+
+def _memory(data: dict[str, Any]) -> Tables:
+    yield data["title"], *memory_lines(data), reasons(data)
+
+
+def _native(data: dict[str, Any]) -> Tables:
+    """`bench/native.py`: the fastest rounds, as ratios."""
+    header, lines = ["logits"], []
+    for case in data["cases"]:
+        rows = case["shape"][0] * case["shape"][1]
+        ratios = {re.sub(r" \(.*?\)", "", name): ratio for name, ratio in case["ratios"].items()}
+        header = ["logits", *ratios]
+        lines.append([f"{rows} x {case['shape'][2]} {case['dtype']}", *(f"{ratio:.2f}" for ratio in ratios.values())])
+    yield "Ratios of the fastest rounds", header, lines, []
+
+
+def _head(data: dict[str, Any]) -> Tables:
+    """`bench/head.py`: the fastest rounds, in head GEMMs; memory; errors."""
+    for part in data.get("time", []):
+        best = {name: min(samples) for name, samples in part["seconds"].items() if samples}
+        unit = min(seconds for name, seconds in best.items() if name.startswith("head GEMM"))
+        lines = [[name, f"{seconds:.3g}", f"{seconds / unit:.2f}"] for name, seconds in best.items()]
+        absent = [f"{name}: {reason}" for name, reason in part["missing"].items()]
+        yield f"{part['title']}, forward and backward", ["", "seconds", "head GEMMs"], lines, absent
+    if memory := {name: run for name, run in data.get("memory", {}).items() if run["status"] == "ok"}:
+        planned = [format_bytes(run["planned_bytes"]) if "planned_bytes" in run else "" for run in memory.values()]
+        lines = [[name, format_bytes(run["peak_bytes"]), p] for (name, run), p in zip(memory.items(), planned)]
+        yield "Peak memory beyond the inputs", ["", "peak", "planned"], lines, []
+    if precision := data.get("precision"):
+        fields = ("nats_response", "grad_hidden", "grad_weight")
+        lines = [[name, *(f"{errors[field]:.1e}" for field in fields)] for name, errors in precision.items()]
+        header = ["errors against float64", "nats a response", "dL/dhidden", "dL/dweight"]
+        yield "Precision", header, lines, []
 
 
 def _table(header: list[str], lines: list[list[str]]) -> str:

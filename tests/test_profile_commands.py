@@ -101,12 +101,16 @@ def test_charts_of_failures(bench, tmp_path):
 
 def test_readme_tables(bench, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- begin results: r.json -->\nold\n<!-- end results -->\nafter\n")
+    blocks = [
+        f"<!-- begin results: r.json{only} -->\nold\n<!-- end results -->\n" for only in ("", " charts", " tables")
+    ]
+    readme.write_text("before\n" + "between\n".join(blocks) + "after\n")
     (tmp_path / "r.json").write_text(bench.read_text())
     make_tables.fill(readme)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| eager torch |" in text and "torch" in text and (tmp_path / "r-logits.png").exists()
+    assert text.count("\n| eager torch |") == 8 and text.count("(r-logits.png)") == text.count("between") == 2
+    assert (tmp_path / "r-logits.png").exists()
     make_tables.fill(readme)
     assert readme.read_text() == text
 
