@@ -199,7 +199,7 @@ def _fake_forward(hidden, weight, bias, labels, *options):
             positions=labels.new_empty(rows, dtype=torch.int64),
             stats=hidden.new_empty(4, rows, dtype=exact),
             log_scale=hidden.new_empty(size(), rows, dtype=exact),
-            unit=hidden.new_empty(rows if needs_hidden else 0, hidden.shape[1]),
+            unit=hidden.new_empty(rows if needs_hidden else 0, hidden.shape[1], dtype=exact),
             kept=hidden.new_empty(size()),
             columns=hidden.new_empty(size(), dtype=torch.int32),
             schedule=hidden.new_empty(size(), dtype=torch.int64, device="cpu"),

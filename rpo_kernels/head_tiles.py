@@ -146,7 +146,7 @@ class Saved(NamedTuple):
     positions: Tensor  # [N]
     stats: Tensor  # [4, N]: logp, max, sumexp, label gain
     log_scale: Tensor  # [tiles, N]: log s of the tiles of which something may be kept
-    unit: Tensor  # [N, H]: dlogp/dhidden, or [0, H]
+    unit: Tensor  # [N, H]: dlogp/dhidden, not rounded; or [0, H]
     kept: Tensor  # flat: U
     columns: Tensor  # flat int32: active columns, counted from the tile's first
     schedule: Tensor  # flat int64, on the CPU
@@ -236,7 +236,7 @@ def forward(
     stats = head.hidden.new_empty(4, count, dtype=head.exact_dtype)
     log_scale = head.hidden.new_empty(store.tiles, count, dtype=head.exact_dtype)
     dropped = head.hidden.new_zeros(count, dtype=head.exact_dtype)
-    unit = head.hidden.new_empty(count if needs_hidden else 0, width)
+    unit = head.hidden.new_empty(count if needs_hidden else 0, width, dtype=head.exact_dtype)
     for number, span in enumerate(schedule.chunks):
         chunk = _Chunk(head, schedule, number, rows, needs_hidden, threshold)
         for tile, columns in enumerate(schedule.tiles):

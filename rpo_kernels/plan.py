@@ -201,7 +201,7 @@ class _Work:
     def backward_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """Peak of the backward pass: in the weight's gradient, or in the hidden states'."""
         saved = self.kept_bytes(chunk, tile, kept) + self.rows * (16 + self.exact)
-        share = chunk * self.hidden * self.exact * (1 + (self.item != self.exact)) * self.needs_hidden
+        share = chunk * self.hidden * (self.exact + self.item * (self.item != self.exact)) * self.needs_hidden
         if not self.needs_weight:
             return saved + share
         gathered = self.rows * self.hidden * self.operand
@@ -218,7 +218,7 @@ class _Work:
         """What waits between the passes."""
         places = math.ceil(self.rows / chunk) * math.ceil(self.vocab / tile)
         size = _SMALL + 24 * places + self.rows * (8 + 4 * self.exact) + self.positions * self.exact
-        size += self.rows * self.hidden * self.item * self.needs_hidden
+        size += self.rows * self.hidden * self.exact * self.needs_hidden
         if self.filtered and kept:
             # Any tile may be kept in part; its columns are listed.
             size += math.ceil(self.rows / chunk) * self.vocab * 4
