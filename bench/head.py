@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rpo_kernels import MemoryPlan, memory_plan
+from rpo_kernels import MemoryPlan, linear_token_logprobs, memory_plan
 from rpo_kernels.profile.memory import measure_peaks
 from rpo_kernels.profile.problem import Inputs, Problem, find_truth
 from rpo_kernels.profile.providers import Provider, Run, Unavailable, providers
@@ -29,6 +29,7 @@ from rpo_kernels.profile.reports import describe_machine, format_bytes, save_jso
 
 OURS = "rpo_kernels"
 FILTER = "rpo_kernels filter 2^-16"
+IDLE_FILTER = "rpo_kernels filter that drops nothing"
 PEERS = ["eager torch", "TRL chunked log-probs", "Liger fused linear DPO", "cut-cross-entropy torch_compile"]
 GEMMS = {"head GEMM, float32": torch.float32, "head GEMM, bfloat16": torch.bfloat16}
 
@@ -105,6 +106,12 @@ def step(run: Run, inputs: Inputs) -> None:
     torch.autograd.grad(loss, list(inputs.leaves.values()))
 
 
+def step_with_idle_filter(inputs: Inputs) -> None:
+    """The filter at its worst: every column counts, as in a model that has learnt nothing."""
+    logps = linear_token_logprobs(inputs.hidden, inputs.weight, inputs.labels, gradient_filter=0.0)
+    torch.autograd.grad(inputs.loss(logps)[0], list(inputs.leaves.values()))
+
+
 def sample(
     functions: dict[str, Callable[[], Any]], rounds: int, once: set[str] = frozenset()
 ) -> dict[str, list[float]]:
@@ -138,6 +145,7 @@ def measure_time(bench: Bench) -> None:
         inputs = bench.inputs(problem)
         runs, missing = load(bench, problem)
         timed = {name: functools.partial(step, run, inputs) for name, run in runs.items()}
+        timed[IDLE_FILTER] = functools.partial(step_with_idle_filter, inputs)
         slow = {name for name in runs if name in PEERS} if bench.args.peers == "once" else set()
         samples = sample({**gemms_of(inputs), **timed}, bench.args.rounds, slow)
         bench.report.setdefault("time", []).append(

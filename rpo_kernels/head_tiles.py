@@ -283,11 +283,13 @@ class _Chunk:
 
     def differentiate(self, tile: int, logits: Tensor, weight: Tensor, store: _Store) -> None:
         """Turn a tile of logits into U, add its share to the sums, and keep it if there is room."""
+        assert self.running is not None
         self._shrink_sums(tile)
+        stats = self.running if self.head.bias is None else _defined(self.running)
         if self.threshold is None:
-            unit = self._unit(tile, logits, store)
+            unit = self._unit(tile, logits, stats, store)
         else:
-            unit, weight = self._filtered_unit(tile, logits, weight, store, self.threshold)
+            unit, weight = self._filtered_unit(tile, logits, stats, weight, store, self.threshold)
         if self.gradient is not None:
             _add_product(self.gradient, unit, weight)
 
@@ -320,10 +322,9 @@ class _Chunk:
         if self.dropped is not None:
             self.dropped.mul_(scale)
 
-    def _unit(self, tile: int, logits: Tensor, store: _Store) -> Tensor:
+    def _unit(self, tile: int, logits: Tensor, stats: RowStats, store: _Store) -> Tensor:
         """U as GEMMs read it, kept if there is room."""
-        assert self.running is not None
-        stats, first = _defined(self.running), self.schedule.tiles[tile].start
+        first = self.schedule.tiles[tile].start
         kept = store.place(self.number, tile)
         if kept is not None and kept.dtype == self.head.operand_dtype:
             return self.head.row_grad(logits, self.labels, stats, first, kept)
@@ -333,11 +334,10 @@ class _Chunk:
         return unit
 
     def _filtered_unit(
-        self, tile: int, logits: Tensor, weight: Tensor, store: _Store, threshold: float
+        self, tile: int, logits: Tensor, stats: RowStats, weight: Tensor, store: _Store, threshold: float
     ) -> tuple[Tensor, Tensor]:
         """U of the columns that count, and their rows of the weight."""
-        assert self.running is not None and self.dropped is not None
-        stats, first = _defined(self.running), self.schedule.tiles[tile].start
+        first = self.schedule.tiles[tile].start
         active = ActiveColumns(torch.zeros(logits.shape[1], dtype=torch.uint8, device=logits.device), threshold)
         unit = self.head.row_grad(logits, self.labels, stats, first, self.head.operand_like(logits), active)
         own = self.schedule.label_rows(self.span, tile)
@@ -347,12 +347,18 @@ class _Chunk:
             kept = store.place(self.number, tile)
         else:
             kept = store.place(self.number, tile, columns)
-            # Off the labels U is negative.
-            self.dropped.sub_(torch.mv(unit, (active.mask == 0).to(unit.dtype)))
+            self._add_dropped(unit, active.mask == 0)
             unit, weight = unit.index_select(1, columns), weight.index_select(0, columns)
         if kept is not None:
             kept.copy_(unit)
         return unit, weight
+
+    def _add_dropped(self, unit: Tensor, out: Tensor) -> None:
+        """Add the mass of the columns left out: the sum of U, which off the labels is negative."""
+        assert self.dropped is not None
+        mass = torch.empty_like(self.dropped)[:, None]
+        _multiply(unit, out[:, None].to(unit.dtype), mass)
+        self.dropped -= mass[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------------- backward
@@ -545,6 +551,6 @@ def _multiplies_into_float32(device_type: str, dtype: torch.dtype) -> bool:
     try:
         operand = torch.zeros(16, 16, dtype=dtype, device=device_type)
         torch.mm(operand, operand, out_dtype=torch.float32, out=operand.float())
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, TypeError, NotImplementedError):
         return False
     return True

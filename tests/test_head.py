@@ -279,6 +279,38 @@ def test_same_input_same_bits(backend, backend_device):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("mixed", [True, False], ids=["float32 products", "half products"])
+@pytest.mark.parametrize("gradient_filter", [None, 0.0, 2**-14])
+def test_the_way_of_accelerators(live_backend, monkeypatch, mixed, gradient_filter):
+    """GEMMs that read half precision and, if they can, write float32: on a CPU, with such products made up."""
+
+    def multiply(left, right, out):
+        product = left.float() @ right.float()
+        out.copy_(product if mixed else product.to(left.dtype))
+
+    backend, _ = live_backend("native")
+    for module in (plan, head_tiles):
+        monkeypatch.setattr(module, "operand_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(head_tiles, "_multiplies_into_float32", lambda device, dtype: mixed or dtype.itemsize >= 4)
+    monkeypatch.setattr(head_tiles, "_multiply", multiply)
+    monkeypatch.setattr(head_tiles, "_add_product", lambda total, left, right: total.add_(left.float() @ right.float()))
+    hidden, weight, bias, labels = make(dtype=torch.bfloat16, bias=True)
+    factors = factors_for(labels)
+    values, exact = expected(hidden, weight, bias, labels, factors, softcap=30.0)
+    for budget in (0, 150_000, None):
+        logps = linear_token_logprobs(
+            *(hidden, weight, labels),
+            bias=bias,
+            softcap=30.0,
+            memory_budget=budget,
+            gradient_filter=gradient_filter,
+            backend=backend,
+        )
+        torch.testing.assert_close(logps.double(), values, rtol=1e-5, atol=1e-5 if mixed else 0.1)
+        for mine, wanted in zip(torch.autograd.grad((logps * factors).sum(), (hidden, weight, bias)), exact):
+            assert error(mine, wanted) < (5e-3 if mixed else 2e-2)
+
+
 # ----------------------------------------------------------------------------------------------------- column filter
 
 
