@@ -1,6 +1,6 @@
 // Checks the kernels against plain loops in double precision, without Python: for machines that are only emulated.
 //
-//     for level in neon; do aarch64-linux-gnu-g++ -std=c++17 -O3 -DRPO_LEVEL=$level -c rows.cpp -o rows.o; done
+//     aarch64-linux-gnu-g++ -std=c++17 -O3 -DRPO_LEVEL=neon -c rows.cpp -o rows.o
 //     aarch64-linux-gnu-g++ -std=c++17 -O3 -static -DRPO_HAVE_NEON check.cpp rows.o -o check && qemu-aarch64 ./check
 //
 // tests/test_native.py does more, and where Python runs it is the test.
@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <random>
 #include <sstream>
+#include <string>
 
 #include "native.cpp"
 
@@ -58,7 +59,8 @@ void check(const Level* level, DType dtype, const TokenTransform& options, int64
   const Logits logits{x.data(), labels.data(), {kRows * columns, columns}, {kRows, 1}, 1, kRows, columns, 0, -100,
                       options,  dtype,         0};
   const Stats stats{fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]};
-  const Grad grad{fields[0], fields[1], fields[2], factors, {kRows, 1}, out.data(), {kRows * columns, columns}, dtype, {}};
+  const Grad grad{fields[0], fields[1], fields[2], factors, {kRows, 1}, out.data(), {kRows * columns, columns}, dtype,
+                  {}};
   const Workers workers{nullptr, 2};
   rpo_row_stats(level, &workers, &logits, 0, &stats);
   rpo_row_grad(level, &workers, &logits, &grad);
@@ -101,7 +103,8 @@ int main() {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
       Worst worst;
       for (const TokenTransform& options : transforms)
-        for (const int64_t columns : {5, 8, 31, 64, 333, 9001, 70001}) check(rpo_level(name.c_str()), dtype, options, columns, worst);
+        for (const int64_t columns : {5, 8, 31, 64, 333, 9001, 70001})
+          check(rpo_level(name.c_str()), dtype, options, columns, worst);
       // In nats beyond rounding the value; gradients in norm, in units of half the type's last place.
       const bool good = worst.logp < 2e-6 && worst.sumexp < 3e-6 && worst.entropy < 5e-6 && worst.grad < 17;
       std::printf("%-8s dtype %d: logp %.1e sumexp %.1e entropy %.1e gradient %.2f %s\n", name.c_str(),

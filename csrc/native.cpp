@@ -297,7 +297,8 @@ RPO_API const Level* rpo_level(const char* name) {
 RPO_API void rpo_use_large_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(1) << 21;
-  const uintptr_t first = (uintptr_t(data) + kPage - 1) / kPage * kPage, last = (uintptr_t(data) + bytes) / kPage * kPage;
+  const uintptr_t first = (uintptr_t(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (uintptr_t(data) + uintptr_t(bytes)) / kPage * kPage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // refused: as before
 #endif
 }

@@ -185,7 +185,9 @@ RPO_INLINE Floats unpack_float16(IntVector words) {
 RPO_INLINE IntVector pack_float16(Floats x) { return float_to_float16(x.a) | float_to_float16(x.b) << 16; }
 #endif
 
-RPO_INLINE Floats unpack_bfloat16(IntVector words) { return {(Vector)(words << 16), (Vector)(words & int32_t(0xffff0000))}; }
+RPO_INLINE Floats unpack_bfloat16(IntVector words) {
+  return {(Vector)(words << 16), (Vector)(words & int32_t(0xffff0000))};
+}
 
 // Rounds to nearest, ties to even. A NaN stays one if its low half is 0: a bfloat16's is, so is the default NaN's.
 RPO_INLINE IntVector pack_bfloat16(Floats x) {
