@@ -215,9 +215,9 @@ class _Store:
 
     def filled(self) -> tuple[Tensor, Tensor]:
         """What was kept, and the columns of it."""
-        return (
-            (self.kept[: self.used], self.columns[: self.used_columns]) if self.filtered else (self.kept, self.columns)
-        )
+        if not self.filtered:
+            return self.kept, self.columns
+        return self.kept[: self.used], self.columns[: self.used_columns]
 
 
 # ---------------------------------------------------------------------------------------------------------- forward
@@ -233,7 +233,7 @@ def forward(
     scratch = _Scratch(head, schedule)
     store = _Store(head, schedule, plan, threshold is not None)
 
-    stats = head.hidden.new_empty(4, count, dtype=head.exact_dtype)
+    stats = head.hidden.new_zeros(4, count, dtype=head.exact_dtype)
     log_scale = head.hidden.new_empty(store.tiles, count, dtype=head.exact_dtype)
     dropped = head.hidden.new_zeros(count, dtype=head.exact_dtype)
     unit = head.hidden.new_empty(count if needs_hidden else 0, width, dtype=head.exact_dtype)
@@ -381,33 +381,73 @@ def backward_weight(
         torch.empty_like(head.weight) if needs_weight else head.weight.new_empty(0),
         head.weight.new_empty(len(head.weight)) if needs_bias else head.weight.new_empty(0),
     )
-    schedule = Schedule.load(saved.schedule)
-    scratch = _Scratch(head, schedule)
-    hidden = head.gather(saved.positions)
-    labels, factor = labels.flatten()[saved.positions], grad_logps.flatten()[saved.positions]
+    walk = _Backward(head, saved, labels, grad_logps)
     # dW = U^T (c hidden) and db = U^T c.
     wanted = []
     if needs_weight:
-        wanted.append((_TileSum(gradients[0], schedule, head.exact_dtype), hidden))
+        wanted.append((_TileSum(gradients[0], walk.schedule, head.exact_dtype), walk.hidden))
     if needs_bias:
-        wanted.append((_TileSum(gradients[1][:, None], schedule, head.exact_dtype), hidden.new_ones(len(hidden), 1)))
-    for tile, columns in enumerate(schedule.tiles):
+        ones = walk.hidden.new_ones(len(walk.hidden), 1)
+        wanted.append((_TileSum(gradients[1][:, None], walk.schedule, head.exact_dtype), ones))
+    for tile, columns in enumerate(walk.schedule.tiles):
         for total, _ in wanted:
             total.begin(columns)
-        for rows, place in _pieces(head, saved, schedule, tile):
-            unit, active = _recall(head, saved, labels, hidden, schedule, scratch, tile, rows, place)
-            kept = place.offset >= 0
-            scale = factor[rows] * saved.log_scale[tile, rows].exp() if kept else factor[rows]
+        for rows, place in walk.pieces(tile):
+            unit, active = walk.unit(tile, rows, place)
+            scale, own, gain = walk.factors(tile, rows, place)
             for total, right in wanted:
                 total.add(unit.T, (right[rows] * scale[:, None]).to(unit.dtype), active)
-            own = schedule.label_rows(rows, tile)
-            if kept and own.stop > own.start:
-                gain = saved.stats[3, own] * factor[own]
-                for total, right in wanted:
-                    total.add_rows(labels[own] - columns.start, right[own] * gain[:, None])
+                total.add_rows(walk.labels[own] - columns.start, right[own] * gain[:, None])
         for total, _ in wanted:
             total.finish()
     return gradients
+
+
+class _Backward:
+    """What the weight's gradient is made of: U of each tile, kept or computed again, and the rows' factors."""
+
+    def __init__(self, head: Head, saved: Saved, labels: Tensor, grad_logps: Tensor):
+        self.head, self.saved = head, saved
+        self.schedule = Schedule.load(saved.schedule)
+        self.scratch = _Scratch(head, self.schedule)
+        self.hidden = head.gather(saved.positions)
+        self.labels = labels.flatten()[saved.positions]
+        self.factor = grad_logps.flatten()[saved.positions]
+
+    def pieces(self, tile: int) -> Iterator[tuple[slice, Place]]:
+        """The rows of a tile, all at once where their U lies as one and is read as it lies, else chunk by chunk."""
+        chunks, places = self.schedule.chunks, [chunk[tile] for chunk in self.schedule.places]
+        size = self.schedule.tiles[tile].stop - self.schedule.tiles[tile].start
+        as_one = [Place(places[0].offset + rows.start * size) for rows in chunks]
+        if places and places[0].offset >= 0 and places == as_one and self.saved.kept.dtype == self.hidden.dtype:
+            yield slice(0, len(self.hidden)), places[0]
+        else:
+            yield from zip(chunks, places)
+
+    def unit(self, tile: int, rows: slice, place: Place) -> tuple[Tensor, Tensor | None]:
+        """U of these rows as GEMMs read it, and which of the tile's columns it has; None stands for all."""
+        columns, kept = self.schedule.tiles[tile], self.saved.kept
+        if place.offset < 0:
+            logits = self.scratch.multiply(self.hidden[rows], self.scratch.load(columns), columns)
+            logp, top, sumexp, _ = self.saved.stats[:, None, rows]
+            stats, out = RowStats(logp, top, sumexp, logp), self.head.operand_like(logits)
+            return self.head.row_grad(logits, self.labels[rows], stats, columns.start, out), None
+        shape = (rows.stop - rows.start, columns.stop - columns.start if place.columns < 0 else place.columns)
+        unit = kept[place.offset : place.offset + shape[0] * shape[1]].view(shape)
+        if unit.dtype != self.hidden.dtype:
+            unit = self.scratch.tile(*shape).copy_(unit)
+        if place.columns < 0:
+            return unit, None
+        return unit, self.saved.columns[place.columns_offset : place.columns_offset + place.columns]
+
+    def factors(self, tile: int, rows: slice, place: Place) -> tuple[Tensor, slice, Tensor]:
+        """The loss's factor and s of these rows; those whose label lies in the tile, and the loss's factor and gain
+        of those. What is computed again needs neither s nor a gain."""
+        if place.offset < 0:
+            return self.factor[rows], slice(0, 0), self.factor[:0]
+        own = self.schedule.label_rows(rows, tile)
+        scale = self.saved.log_scale[tile, rows].exp().mul_(self.factor[rows])
+        return scale, own, self.saved.stats[3, own] * self.factor[own]
 
 
 class _TileSum:
@@ -438,6 +478,8 @@ class _TileSum:
 
     def add_rows(self, index: Tensor, values: Tensor) -> None:
         """Add values to rows, of which one may occur often; in a fixed order."""
+        if len(index) == 0:
+            return
         if values.is_cuda:
             self._filled().index_put_((index,), values, accumulate=True)
         else:
@@ -454,44 +496,6 @@ class _TileSum:
             self.exact.zero_()
             self.empty = False
         return self.exact
-
-
-def _pieces(head: Head, saved: Saved, schedule: Schedule, tile: int) -> Iterator[tuple[slice, Place]]:
-    """The rows of a tile, all at once where their U lies as one and is read as it lies, else chunk by chunk."""
-    places, columns = [chunk[tile] for chunk in schedule.places], schedule.tiles[tile]
-    size = columns.stop - columns.start
-    as_one = [Place(places[0].offset + rows.start * size) for rows in schedule.chunks] if places else []
-    if places and places[0].offset >= 0 and places == as_one and head.operand_dtype == saved.kept.dtype:
-        yield slice(0, len(saved.positions)), places[0]
-    else:
-        yield from zip(schedule.chunks, places)
-
-
-def _recall(
-    head: Head,
-    saved: Saved,
-    labels: Tensor,
-    hidden: Tensor,
-    schedule: Schedule,
-    scratch: _Scratch,
-    tile: int,
-    rows: slice,
-    place: Place,
-) -> tuple[Tensor, Tensor | None]:
-    """U of these rows and a tile as GEMMs read it, kept or computed again; and which of the tile's columns it has."""
-    columns = schedule.tiles[tile]
-    if place.offset < 0:
-        logits = scratch.multiply(hidden[rows], scratch.load(columns), columns)
-        logp, top, sumexp, _ = saved.stats[:, None, rows]
-        stats = RowStats(logp, top, sumexp, logp)
-        return head.row_grad(logits, labels[rows], stats, columns.start, head.operand_like(logits)), None
-    shape = (rows.stop - rows.start, columns.stop - columns.start if place.columns < 0 else place.columns)
-    unit = saved.kept[place.offset : place.offset + shape[0] * shape[1]].view(shape)
-    if unit.dtype != hidden.dtype:
-        unit = scratch.tile(*shape).copy_(unit)
-    if place.columns < 0:
-        return unit, None
-    return unit, saved.columns[place.columns_offset : place.columns_offset + place.columns]
 
 
 # ------------------------------------------------------------------------------------------------------- arithmetic
