@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from rpo_kernels import MemoryPlan, linear_token_logprobs, memory_plan
@@ -29,6 +30,7 @@ from rpo_kernels.profile.reports import describe_machine, format_bytes, save_jso
 
 OURS = "rpo_kernels"
 FILTER = "rpo_kernels filter 2^-16"
+BUDGET = "rpo_kernels 64MB budget"
 IDLE_FILTER = "rpo_kernels filter that drops nothing"
 PEERS = ["eager torch", "TRL chunked log-probs", "Liger fused linear DPO", "cut-cross-entropy torch_compile"]
 GEMMS = {"head GEMM, float32": torch.float32, "head GEMM, bfloat16": torch.bfloat16}
@@ -62,8 +64,8 @@ class Bench:
         )
 
     def chosen(self) -> list[Provider]:
-        wanted = [] if self.args.peers == "none" else PEERS
-        return [p for p in providers("head") if p.name.startswith(OURS + " ") or p.name in (OURS, *wanted)]
+        wanted = {OURS, BUDGET, FILTER, *(PEERS if self.args.peers != "none" else [])}
+        return [p for p in providers("head") if p.name in wanted]
 
     def save(self) -> None:
         save_json(self.report, self.args.output)
@@ -117,7 +119,7 @@ def sample(
 ) -> dict[str, list[float]]:
     """Seconds of each round after the first, which compiles; `once`: these take part in one round only."""
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 1):
+    for number in track(range(rounds + 1), "rounds", transient=True):
         for name, function in functions.items():
             if number > 1 and name in once:
                 continue
@@ -205,7 +207,7 @@ def measure_memory(bench: Bench) -> None:
     table = Table("", "peak", "planned", title=f"peak memory beyond the inputs: {problem.title}", title_justify="left")
     for provider in bench.chosen():
         (result,) = measure_peaks(provider, [problem], None)
-        budget = {OURS: None, f"{OURS} 64MB budget": "64MB"}
+        budget = {OURS: None, BUDGET: "64MB"}
         if provider.name in budget:
             planned: MemoryPlan = memory_plan(
                 problem.rows, problem.hidden, problem.vocab, memory_budget=budget[provider.name]
