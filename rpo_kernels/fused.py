@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 
 from .objectives import RPO
+from .registration import register
 from .sequences import Groups, Segments
-
-_lib = torch.library.Library("rpo_kernels", "FRAGMENT")
-_lib.define(
-    "rpo_reduce(Tensor token_logps, Tensor labels, Tensor rewards, Tensor? ref_logps, Tensor? token_weights,"
-    " Tensor? cu_seqlens, Tensor? index, int[] layout, str distance, float beta, float eta, float margin,"
-    " float? target_margin, bool length_normalize, int ignore_index, bool shift)"
-    " -> (Tensor loss, Tensor group_losses, Tensor logps, Tensor ref_logps, Tensor implicit_rewards,"
-    " Tensor accuracy, Tensor margin, Tensor coef)"
-)
 
 
 def rpo_reduce(
@@ -88,7 +80,7 @@ def _forward(
     )
 
 
-def _fake(token_logps, labels, rewards, ref_logps, token_weights, cu_seqlens, index, layout, *_):
+def _fake_forward(token_logps, labels, rewards, ref_logps, token_weights, cu_seqlens, index, layout, *_):
     num_sequences, num_groups = layout[:2]
     shapes = ((), (num_groups,), *[(num_sequences,)] * 3, (), (), (num_sequences,))
     return tuple(token_logps.new_empty(shape) for shape in shapes)
@@ -102,23 +94,50 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.layout = layout
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, grad_groups: Tensor | None, grad_sums: Tensor | None, *_: Any):
-    """Each sum's gradient, spread over its tokens. Positions that are not scored get it too, and ignore it:
-    their log-probability is the constant 0, and the row kernels skip them."""
-    labels, token_weights, cu_seqlens, index, coef = ctx.saved_tensors
-    segments, groups = _structure(cu_seqlens, index, ctx.layout)
-    grad = grad_sums
-    if grad_groups is not None:
-        per_group = groups.spread(grad_groups * groups.count, segments.count)
-        grad_loss = per_group if grad_loss is None else grad_loss + per_group
-    if grad_loss is not None:
-        grad = grad_loss * coef if grad is None else torch.addcmul(grad, grad_loss, coef)
-    if grad is not None:
-        grad = segments.spread(grad, labels)
-        grad = grad if token_weights is None else grad * token_weights
+def _backward(ctx: Any, grad_loss: Tensor | None, grad_groups: Tensor | None, grad_logps: Tensor | None, *_: Any):
+    gradients = (grad_loss, grad_groups, grad_logps)
+    if all(gradient is None for gradient in gradients):
+        return (None,) * 16
+    labels, *structure, coef = ctx.saved_tensors
+    grad = torch.ops.rpo_kernels.rpo_reduce_grad(*gradients, coef, labels, *structure, ctx.layout)
     return grad, *[None] * 15
 
 
-_lib.impl("rpo_reduce", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("rpo_kernels::rpo_reduce", _fake, lib=_lib)
-torch.library.register_autograd("rpo_kernels::rpo_reduce", _backward, setup_context=_setup_context, lib=_lib)
+def _grad(grad_loss, grad_groups, grad_logps, coef, labels, token_weights, cu_seqlens, index, layout):
+    """Each sum's gradient, spread over its tokens. Positions that are not scored get it too, and ignore it:
+    their log-probability is the constant 0, and the row kernels skip them."""
+    segments, groups = _structure(cu_seqlens, index, layout)
+    if grad_groups is not None:
+        per_group = groups.spread(grad_groups * groups.count, segments.count)
+        grad_loss = per_group if grad_loss is None else grad_loss + per_group
+    if grad_loss is None:
+        grad = grad_logps.clone()
+    else:
+        grad = grad_loss * coef if grad_logps is None else torch.addcmul(grad_logps, grad_loss, coef)
+    grad = segments.spread(grad, labels)
+    return grad if token_weights is None else grad * token_weights
+
+
+def _fake_grad(grad_loss, grad_groups, grad_logps, coef, labels, token_weights, cu_seqlens, *_):
+    if cu_seqlens is None and token_weights is None:
+        return torch.empty_like(coef).unsqueeze(-1).expand(labels.shape)
+    return coef.new_empty(labels.shape)
+
+
+register(
+    "rpo_reduce(Tensor token_logps, Tensor labels, Tensor rewards, Tensor? ref_logps, Tensor? token_weights,"
+    " Tensor? cu_seqlens, Tensor? index, int[] layout, str distance, float beta, float eta, float margin,"
+    " float? target_margin, bool length_normalize, int ignore_index, bool shift)"
+    " -> (Tensor loss, Tensor group_losses, Tensor logps, Tensor ref_logps, Tensor implicit_rewards,"
+    " Tensor accuracy, Tensor margin, Tensor coef)",
+    _forward,
+    _fake_forward,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register(
+    "rpo_reduce_grad(Tensor? grad_loss, Tensor? grad_groups, Tensor? grad_logps, Tensor coef, Tensor labels,"
+    " Tensor? token_weights, Tensor? cu_seqlens, Tensor? index, int[] layout) -> Tensor",
+    _grad,
+    _fake_grad,
+)

@@ -8,19 +8,10 @@ from .head_tiles import Head, Saved
 from .kernels.contract import TokenOptions
 from .logprobs import check_label_range
 from .plan import memory_plan, parse_budget
+from .registration import TOKEN_OPTIONS, register
 
-_OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_index, bool shift"
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 _SAVED = [f"Tensor {name}" for name in Saved._fields]
-_lib = torch.library.Library("rpo_kernels", "FRAGMENT")
-_lib.define(
-    f"linear_token_logprobs({_HEAD}, {_OPTIONS}, bool needs_hidden, bool needs_weight, int? memory_budget, "
-    f"float? gradient_filter, str? backend) -> (Tensor logps, Tensor dropped, {', '.join(_SAVED)})"
-)
-_lib.define(
-    f"linear_token_logprobs_grad({_HEAD}, Tensor grad_logps, {', '.join(_SAVED)}, {_OPTIONS}, bool needs_hidden, "
-    "bool needs_weight, bool needs_bias, str? backend) -> (Tensor hidden, Tensor weight, Tensor bias)"
-)
 
 
 def linear_token_logprobs(
@@ -235,15 +226,17 @@ def _backward(ctx, grad_logps, *_):
     return *(gradient if need else None for gradient, need in zip(gradients, needs)), *[None] * 11
 
 
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError("rpo_kernels operators are differentiable once; their gradient has no gradient of its own")
-
-
-for _name, _kernel, _fake in (
-    ("linear_token_logprobs", _forward, _fake_forward),
-    ("linear_token_logprobs_grad", _grad, _fake_grad),
-):
-    _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rpo_kernels::{_name}", _fake, lib=_lib)
-torch.library.register_autograd("rpo_kernels::linear_token_logprobs", _backward, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd("rpo_kernels::linear_token_logprobs_grad", _no_second_derivative, lib=_lib)
+register(
+    f"linear_token_logprobs({_HEAD}, {TOKEN_OPTIONS}, bool needs_hidden, bool needs_weight, int? memory_budget, "
+    f"float? gradient_filter, str? backend) -> (Tensor logps, Tensor dropped, {', '.join(_SAVED)})",
+    _forward,
+    _fake_forward,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register(
+    f"linear_token_logprobs_grad({_HEAD}, Tensor grad_logps, {', '.join(_SAVED)}, {TOKEN_OPTIONS}, bool needs_hidden, "
+    "bool needs_weight, bool needs_bias, str? backend) -> (Tensor hidden, Tensor weight, Tensor bias)",
+    _grad,
+    _fake_grad,
+)

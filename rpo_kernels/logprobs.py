@@ -7,16 +7,9 @@ from torch import Tensor
 
 from .kernels import dispatch
 from .kernels.contract import RowStats, TokenOptions
+from .registration import TOKEN_OPTIONS, register
 
-_OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_index, bool shift"
-_lib = torch.library.Library("rpo_kernels", "FRAGMENT")
-_lib.define(
-    f"token_logprobs(Tensor logits, Tensor labels, {_OPTIONS}, bool inplace_backward, str? backend)"
-    " -> (Tensor logps, Tensor max, Tensor sumexp)"
-)
 _GRAD_INPUTS = "Tensor labels, Tensor logps, Tensor max, Tensor sumexp, Tensor grad_logps"
-_lib.define(f"token_logprobs_grad(Tensor logits, {_GRAD_INPUTS}, {_OPTIONS}, str? backend) -> Tensor")
-_lib.define(f"token_logprobs_grad_(Tensor(a!) logits, {_GRAD_INPUTS}, {_OPTIONS}, str? backend) -> ()")
 
 
 def token_logprobs(
@@ -147,16 +140,22 @@ def _backward(ctx, grad_logps, *_):
     return grad, *[None] * 8
 
 
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError("rpo_kernels operators are differentiable once; their gradient has no gradient of its own")
-
-
-for _name, _kernel, _fake in (
-    ("token_logprobs", _forward, _fake_forward),
-    ("token_logprobs_grad", _grad, _fake_grad),
-    ("token_logprobs_grad_", _grad_, _fake_grad_),
-):
-    _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rpo_kernels::{_name}", _fake, lib=_lib)
-torch.library.register_autograd("rpo_kernels::token_logprobs", _backward, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd("rpo_kernels::token_logprobs_grad", _no_second_derivative, lib=_lib)
+register(
+    f"token_logprobs(Tensor logits, Tensor labels, {TOKEN_OPTIONS}, bool inplace_backward, str? backend)"
+    " -> (Tensor logps, Tensor max, Tensor sumexp)",
+    _forward,
+    _fake_forward,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register(
+    f"token_logprobs_grad(Tensor logits, {_GRAD_INPUTS}, {TOKEN_OPTIONS}, str? backend) -> Tensor",
+    _grad,
+    _fake_grad,
+)
+register(
+    f"token_logprobs_grad_(Tensor(a!) logits, {_GRAD_INPUTS}, {TOKEN_OPTIONS}, str? backend) -> ()",
+    _grad_,
+    _fake_grad_,
+    backward=None,
+)

@@ -94,10 +94,14 @@ def peak_of(work):
 @pytest.mark.parametrize("budget", [0, "20MB"])
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)], ids=["hidden", "weight", "both"])
 @pytest.mark.parametrize(
-    "rows, positions, hidden, vocab, dtype",
-    [(600, 800, 128, 16384, torch.bfloat16), (300, 600, 64, 9000, torch.float32)],
+    "backend, rows, positions, hidden, vocab, dtype",
+    [
+        ("native", 600, 800, 128, 16384, torch.bfloat16),
+        ("native", 300, 600, 64, 9000, torch.float32),
+        ("torch", 300, 400, 64, 9000, torch.bfloat16),
+        ("torch", 300, 600, 64, 9000, torch.float32),
+    ],
 )
-@pytest.mark.parametrize("backend", ["native", "torch"])
 def test_predicted_peak_against_counted_allocations(
     live_backend, backend, rows, positions, hidden, vocab, dtype, needs, budget
 ):

@@ -57,6 +57,9 @@ def test_opcheck_of_the_fused_objective(live_backend):
     ]:
         arguments = (logps, labels, rewards, ref, weights, offsets, index, layout, *family, -100, True)
         torch.library.opcheck(OPS.rpo_reduce, arguments, atol=1e-5, rtol=1e-5)
+        gradients = [torch.rand((), device=device), torch.rand(2, device=device), torch.rand(4, device=device)]
+        inputs = (*gradients, OPS.rpo_reduce(*arguments)[-1], labels, weights, offsets, index, layout)
+        torch.library.opcheck(OPS.rpo_reduce_grad, inputs)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
