@@ -1,6 +1,7 @@
-# make train   set up a virtual environment and train the embedded demonstration
-# make test    set up, then lint, type-check and test
-# make gpu     on a machine with a GPU and nothing to download: tests, benchmarks, memory, charts in bench/results/
+# make train      set up a virtual environment and train the embedded demonstration
+# make test       set up, then lint, type-check and test
+# make sanitize   test the C++ kernels under the address and undefined-behaviour sanitizers (ten minutes)
+# make gpu        on a machine with a GPU and nothing to download: tests, benchmarks, memory, charts in bench/results/
 #
 # PYTHON=python3.12 picks the interpreter (3.10 or newer), TORCH='torch==2.11.0' the torch requirement.
 
@@ -12,13 +13,16 @@ TRITON := $(if $(HAS_GPU),triton,triton==3.9.0)
 BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: train test lint gpu clean
+.PHONY: train test lint sanitize gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/rpo-kernels train
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -m "not real" -n 2 --durations 15
+
+sanitize: $(VENV)/.test
+	PYTHON=$(BIN)/python csrc/sanitize.sh -m "not slow"
 
 gpu:
 	$(PYTHON) -m rpo_kernels.profile.gpu

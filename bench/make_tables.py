@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from train_levels import compare
+from train_levels import draw as draw_training
+
 from rpo_kernels.profile.capacity import memory_lines
 from rpo_kernels.profile.charts import draw_bench, draw_memory
 from rpo_kernels.profile.reports import columns_of, format_bytes, format_ms, reasons
@@ -28,7 +31,7 @@ def fill(readme: Path) -> None:
     def block(match: re.Match[str]) -> str:
         path = readme.parent / match["path"]
         data = json.loads(path.read_text())
-        draw = {"bench": draw_bench, "memory": draw_memory}.get(_kind(data))
+        draw = {"bench": draw_bench, "memory": draw_memory, "training": draw_training}.get(_kind(data))
         charts = [chart.relative_to(readme.parent) for chart in draw(data, path.parent, path.stem)] if draw else []
         text = source(data) + ("" if match["only"] == "charts" else markdown(data))
         if match["only"] != "tables":
@@ -50,7 +53,7 @@ def source(data: dict[str, Any]) -> str:
 
 def markdown(data: dict[str, Any]) -> str:
     """A results file's tables."""
-    tables = {"bench": _bench, "memory": _memory, "native": _native, "head": _head}[_kind(data)]
+    tables = {"bench": _bench, "memory": _memory, "native": _native, "head": _head, "training": _training}[_kind(data)]
     return "".join(
         f"\n{title}:\n\n{_table(header, lines)}" + (f"\nNot measured: {'; '.join(absent)}.\n" if absent else "")
         for title, header, lines, absent in tables(data)
@@ -94,6 +97,13 @@ def _head(data: dict[str, Any]) -> Tables:
         lines = [[name, f"{seconds:.3g}", f"{seconds / unit:.2f}"] for name, seconds in best.items()]
         absent = [f"{name}: {reason}" for name, reason in part["missing"].items()]
         yield f"{part['title']}, forward and backward", ["", "seconds", "head GEMMs"], lines, absent
+    if sweep := data.get("sweep"):
+        names = list(sweep[0]["seconds"])
+        lines = []
+        for point in sweep:
+            gemm, *ours = (min(point["seconds"][name]) for name in names)
+            lines.append([str(point["rows"]), f"{gemm:.2f}", *(f"{x:.2f} ({x / gemm:.2f})" for x in ours)])
+        yield "Growth with the rows: seconds (head GEMMs)", ["rows", *names], lines, []
     if memory := {name: run for name, run in data.get("memory", {}).items() if run["status"] == "ok"}:
         planned = [format_bytes(run["planned_bytes"]) if "planned_bytes" in run else "" for run in memory.values()]
         lines = [[name, format_bytes(run["peak_bytes"]), p] for (name, run), p in zip(memory.items(), planned)]
@@ -103,6 +113,13 @@ def _head(data: dict[str, Any]) -> Tables:
         lines = [[name, *(f"{errors[field]:.1e}" for field in fields)] for name, errors in precision.items()]
         header = ["errors against float64", "nats a response", "dL/dhidden", "dL/dweight"]
         yield "Precision", header, lines, []
+
+
+def _training(data: dict[str, Any]) -> Tables:
+    """`bench/train_levels.py`: the same run at each level."""
+    settings = data["settings"]
+    title = f"{settings['steps']} steps of two groups, K = 4, at most {settings['max_length']} tokens, float32"
+    yield title, *compare(data), []
 
 
 def _table(header: list[str], lines: list[list[str]]) -> str:

@@ -377,17 +377,20 @@ def test_without_the_library_the_definition_serves(tmp_path):
     result = run(sys.executable, "-c", code, env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
     place, info, logps = result.stdout.splitlines()
     assert place.startswith(str(tmp_path))
-    assert "'live': False" in info and "_native.so was not built" in info
+    assert "'live': False" in info and "_native.so is not built" in info
     assert logps == str([[torch.tensor(0.25).log().item()] * 2])
-    assert "ValueError" in result.stderr and "_native.so was not built" in result.stderr
+    assert "ValueError" in result.stderr and "_native.so is not built" in result.stderr
 
 
-def test_a_broken_library_is_reported(tmp_path, monkeypatch):
-    broken = tmp_path / "_native.so"
-    broken.write_bytes(b"no library")
-    monkeypatch.setattr(native, "LIBRARY", broken)
+@pytest.mark.parametrize("kind", ["broken", "another"])
+def test_a_library_that_does_not_fit_is_reported(tmp_path, monkeypatch, kind):
+    library = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
+    if kind == "broken":
+        library = tmp_path / "_native.so"
+        library.write_bytes(b"no library")
+    monkeypatch.setattr(native, "LIBRARY", library)
     monkeypatch.setattr(native, "_library", native._library.__wrapped__)
-    assert native.reason.__wrapped__().startswith("_native.so cannot be loaded: ")
+    assert native.reason.__wrapped__().startswith(f"{library.name} cannot be used, install the package again: ")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The commands `bench` and `memory`, their files and charts, and the script that fills the README."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -113,6 +114,14 @@ def test_readme_tables(bench, tmp_path):
     assert (tmp_path / "r-logits.png").exists()
     make_tables.fill(readme)
     assert readme.read_text() == text
+
+
+def test_the_readme_is_made_from_the_committed_results(tmp_path):
+    root = Path(make_tables.__file__).parents[1]
+    shutil.copytree(root / "bench" / "results", tmp_path / "bench" / "results")
+    shutil.copy(root / "README.md", tmp_path)
+    make_tables.fill(tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == (root / "README.md").read_text()
 
 
 def test_gpu_steps_are_commands_that_parse():

@@ -94,4 +94,4 @@ def _versions(backend: str) -> str:
         return importlib.import_module("triton").__version__
     from . import native
 
-    return str(native.info())
+    return native.describe()

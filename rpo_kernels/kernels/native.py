@@ -31,11 +31,11 @@ def available() -> bool:
 def reason() -> str | None:
     """Why the native backend cannot run here, or None if it can."""
     if not LIBRARY.exists():
-        return f"{LIBRARY.name} was not built when the package was installed: it takes a C++ compiler"
+        return f"{LIBRARY.name} is not built: `pip install` of this package builds it where there is a C++ compiler"
     try:
         _library()
-    except OSError as error:
-        return f"{LIBRARY.name} cannot be loaded: {error}"
+    except (OSError, AttributeError) as error:  # the latter from a library of another version
+        return f"{LIBRARY.name} cannot be used, install the package again: {error}"
     return None
 
 
@@ -62,6 +62,11 @@ def info() -> dict[str, Any]:
     """Vector level, number of threads, and whose threads they are."""
     threads = "torch's OpenMP pool" if _openmp() else "started for each call"
     return {"level": level(), "threads": torch.get_num_threads(), "pool": threads}
+
+
+def describe() -> str:
+    """Vector level and number of threads in words."""
+    return f"{level()}, {torch.get_num_threads()} threads"
 
 
 def row_stats(
