@@ -11,6 +11,8 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1; ls /dev/kfd 2>/dev/nul
 TORCH ?= $(if $(HAS_GPU),torch,torch==2.13.0)
 TRITON := $(if $(HAS_GPU),triton,triton==3.9.0)
 BIN := $(VENV)/bin
+# Made anew when another torch is asked for.
+TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH)' | tr -c 'a-zA-Z0-9.\n' '-')
 SETUP := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
 .PHONY: train test lint sanitize gpu clean
@@ -33,13 +35,14 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 # Torch goes first and alone, so that nothing else decides which build of it comes.
-$(VENV)/.torch:
+$(TORCH_STAMP):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	rm -f $(VENV)/.torch-*
 	touch $@
 
-$(VENV)/.train: $(VENV)/.torch $(SETUP)
+$(VENV)/.train: $(TORCH_STAMP) $(SETUP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train]'
 	touch $@
 

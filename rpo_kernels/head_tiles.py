@@ -10,13 +10,13 @@ which it shrinks until the softmax is complete goes on the `[rows, H]` side, lik
 At the label's column `s (1 - p so far) = s - p` lacks `1 - s`: the label's gain, added to both without cancellation.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import products
 from .kernels import dispatch
 from .kernels.contract import ActiveColumns, RowStats, TokenOptions
 from .plan import DENSE_SHARE, EDGE, MemoryPlan, operand_dtype
@@ -44,7 +44,7 @@ class Head(NamedTuple):
     @property
     def logits_dtype(self) -> torch.dtype:
         """As GEMMs write the logits: exact, unless the device cannot from half-precision operands."""
-        mixed = _multiplies_into_float32(self.weight.device.type, self.operand_dtype)
+        mixed = products.results_in_float32(self.weight.device.type, self.operand_dtype)
         return self.exact_dtype if mixed else self.operand_dtype
 
     @property
@@ -173,7 +173,7 @@ class _Scratch:
     def multiply(self, hidden: Tensor, weight: Tensor, columns: slice) -> Tensor:
         """The logits of a chunk and tile, `[n, v]`."""
         logits = self.tile(len(hidden), len(weight))
-        _multiply(hidden, weight.T, logits)
+        products.multiply(hidden, weight.T, logits)
         return logits if self.head.bias is None else logits.add_(self.head.bias[columns])
 
     def tile(self, rows: int, columns: int) -> Tensor:
@@ -291,7 +291,7 @@ class _Chunk:
         else:
             unit, weight = self._filtered_unit(tile, logits, stats, weight, store, self.threshold)
         if self.gradient is not None:
-            _add_product(self.gradient, unit, weight)
+            products.add_product(self.gradient, unit, weight)
 
     def stats(self) -> Tensor:
         """The rows' finished log-probability, maximum and sum of exponentials, `[3, n]`."""
@@ -357,7 +357,7 @@ class _Chunk:
         """Add the mass of the columns left out: the sum of U, which off the labels is negative."""
         assert self.dropped is not None
         mass = torch.empty_like(self.dropped)[:, None]
-        _multiply(unit, out[:, None].to(unit.dtype), mass)
+        products.multiply(unit, out[:, None].to(unit.dtype), mass)
         self.dropped -= mass[:, 0]
 
 
@@ -398,6 +398,7 @@ def backward_weight(
             for total, right in wanted:
                 total.add(unit.T, (right[rows] * scale[:, None]).to(unit.dtype), active)
                 total.add_rows(walk.labels[own] - columns.start, right[own] * gain[:, None])
+            del unit  # or it would wait while the next one is made
         for total, _ in wanted:
             total.finish()
     return gradients
@@ -468,12 +469,12 @@ class _TileSum:
         """Add a product, to these rows if given."""
         if rows is not None:
             product = left.new_empty(len(left), right.shape[1], dtype=self.exact.dtype)
-            _multiply(left, right, product)
+            products.multiply(left, right, product)
             self._filled().index_add_(0, rows, product)
         elif self.empty:
-            _multiply(left, right, self.exact)
+            products.multiply(left, right, self.exact)
         else:
-            _add_product(self.exact, left, right)
+            products.add_product(self.exact, left, right)
         self.empty = False
 
     def add_rows(self, index: Tensor, values: Tensor) -> None:
@@ -525,36 +526,3 @@ def _slope(label_logit: Tensor, options: TokenOptions) -> Tensor | float:
     if options.softcap is None:
         return slope
     return slope * (1 - (label_logit * options.temperature / options.softcap) ** 2)
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """`out = left @ right`, accumulated in float32 or better and rounded to `out` only, where the device can."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    elif _multiplies_into_float32(left.device.type, left.dtype):
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(left @ right)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif _multiplies_into_float32(left.device.type, left.dtype):
-        total += torch.mm(left, right, out_dtype=total.dtype)
-    else:
-        total += left @ right
-
-
-@functools.cache
-def _multiplies_into_float32(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether this device has a product of such operands with a float32 result."""
-    if dtype.itemsize >= 4:
-        return True
-    try:
-        operand = torch.zeros(16, 16, dtype=dtype, device=device_type)
-        torch.mm(operand, operand, out_dtype=torch.float32, out=operand.float())
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False
-    return True

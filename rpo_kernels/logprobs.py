@@ -1,10 +1,9 @@
 """Token level: log-probabilities of labels under logits, as a differentiable torch operator."""
 
-import os
-
 import torch
 from torch import Tensor
 
+from .checks import checks_values
 from .kernels import dispatch
 from .kernels.contract import RowStats, TokenOptions
 from .registration import TOKEN_OPTIONS, register
@@ -34,7 +33,7 @@ def token_logprobs(
         shift: labels stand beside the input ids (Hugging Face convention): logits at `t - 1` are scored against
             `labels[..., t]`, and position 0 is not scored. Nothing is copied.
         inplace_backward: the gradient overwrites the logits' memory. Any other reader of the logits in backward then
-            gets autograd's error about modified tensors.
+            gets autograd's error about modified tensors. Rows must not share memory (`expand`).
         backend: `"triton"`, `"native"`, `"torch"`, or None for the fastest one on the logits' device.
 
     Returns:
@@ -50,6 +49,11 @@ def token_logprobs(
     _check(logits, labels)
     if labels.ndim == 0:
         raise ValueError("labels must have at least one dimension, got a scalar")
+    if inplace_backward and any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride())):
+        raise ValueError(
+            f"inplace_backward=True needs logits whose rows do not share memory; got shape {list(logits.shape)} with "
+            f"strides {list(logits.stride())}"
+        )
     # [..., T, V] and [..., T] as [B, T, V] and [B, T]; views wherever strides allow.
     rows = logits.flatten(0, -3) if labels.ndim > 1 else logits.unsqueeze(0)
     targets = labels.flatten(0, -2) if labels.ndim > 1 else labels.unsqueeze(0)
@@ -59,7 +63,7 @@ def token_logprobs(
 
 def check_label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
     """Raise ValueError for a label outside `[0, vocab)`; on an accelerator only if RPO_KERNELS_CHECK=1 is set."""
-    if labels.numel() == 0 or (labels.device.type != "cpu" and os.environ.get("RPO_KERNELS_CHECK") != "1"):
+    if labels.numel() == 0 or not checks_values(labels):
         return
     scored = torch.where(labels == ignore_index, 0, labels)
     low, high = int(scored.min()), int(scored.max())

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import checks_values
 from .fused import rpo_reduce
 from .head import logprobs_and_dropped
 from .kernels import dispatch
@@ -55,17 +56,18 @@ def rpo_loss(
     """Reward-aware preference loss from logits (arXiv 2502.00203).
 
     Args:
-        logits: `[B, T, V]` for B padded responses, or `[total, V]` packed.
-        labels: `[B, T]`, or `[total]` with `cu_seqlens`; int, `ignore_index` where not scored (prompt, padding).
-        rewards: `[B]`, finite, in the batch's order.
-        ref_logps: the reference's log-probabilities: `[B]` sums over each response (weighted like the policy's if
-            `token_weights` are used), or per token in the labels' shape.
+        logits: `[B, T, V]` for B padded responses, or `[total, V]` packed; float32, bfloat16, float16 or float64.
+        labels: `[B, T]`, or `[total]` with `cu_seqlens`; int64 or int32, `ignore_index` where not scored (prompt,
+            padding).
+        rewards: `[B]`, any floating point or integer type, finite, in the batch's order.
+        ref_logps: the reference's log-probabilities, floating point: `[B]` sums over each response (weighted like the
+            policy's if `token_weights` are used), or per token in the labels' shape.
         ref_logits: the reference's logits instead, of the logits' shape; no gradient flows to them.
         objective: `RPO(...)`, a preset (`DPO()`, `IPO()`, ...) or a callable, see `rpo_kernels.objectives`.
         num_responses: K, the number of responses a prompt.
         layout: `"grouped"`: x1y1 x1y2 x2y1 x2y2; `"stacked"`: all first responses, then all second ones.
         group_ids: B integers naming each response's prompt, for groups of different sizes; replaces the former two.
-        token_weights: weight of each token in its response's sum, of the labels' shape; a constant.
+        token_weights: weight of each token in its response's sum, of the labels' shape and any type; a constant.
         cu_seqlens: `[B + 1]` int32 or int64 offsets of the packed responses.
         temperature, softcap, logit_scale, ignore_index, shift, inplace_backward, backend: as in `token_logprobs`.
 
@@ -75,7 +77,7 @@ def rpo_loss(
     Raises:
         ValueError: naming the argument that does not fit, what came and what was expected. Values (finite rewards,
             rising cu_seqlens, label range) are checked on the CPU only, so that an accelerator is never waited for:
-            there a non-finite reward makes the loss NaN, and RPO_KERNELS_CHECK=1 checks labels.
+            there a non-finite reward makes the loss NaN, and RPO_KERNELS_CHECK=1 checks all three.
     """
     options: dict[str, Any] = dict(
         temperature=temperature,
@@ -92,6 +94,11 @@ def rpo_loss(
     if ref_logits is not None:
         if ref_logps is not None:
             raise ValueError("give ref_logps or ref_logits, not both")
+        if ref_logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"ref_logits must have the labels' shape and a vocabulary, {[*labels.shape, 'V']}; "
+                f"got {list(ref_logits.shape)}"
+            )
         with torch.no_grad():
             ref_logps = token_logprobs(ref_logits, batch.labels, **options)
     return batch.loss(logps, ref_logps, backend)
@@ -126,10 +133,10 @@ def linear_rpo_loss(
     """`rpo_loss` from hidden states and the LM head, without ever holding the logits.
 
     Args:
-        hidden: `[B, T, H]` for B padded responses, or `[total, H]` packed.
-        weight: `[V, H]`, the LM head or the tied embedding.
+        hidden: `[B, T, H]` for B padded responses, or `[total, H]` packed; float32, bfloat16, float16 or float64.
+        weight: `[V, H]` of the same type, the LM head or the tied embedding.
         bias: `[V]`.
-        ref_hidden: the reference's hidden states, of any width; no gradient flows to them.
+        ref_hidden: the reference's hidden states, of the width of `ref_weight`; no gradient flows to them.
         ref_weight, ref_bias: the reference's head; default: `weight` and `bias`.
         memory_budget, gradient_filter: as in `linear_token_logprobs`.
         labels, rewards, ref_logps, objective, num_responses, layout, group_ids, token_weights, cu_seqlens: as in
@@ -154,6 +161,11 @@ def linear_rpo_loss(
             raise ValueError("give ref_logps or ref_hidden, not both")
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+        if ref_hidden.shape != (*labels.shape, ref_weight.shape[-1]):
+            raise ValueError(
+                f"ref_hidden must be {[*labels.shape, ref_weight.shape[-1]]}, the labels' shape and the width of its "
+                f"head; got {list(ref_hidden.shape)}"
+            )
         with torch.no_grad():
             ref_logps, _ = logprobs_and_dropped(
                 ref_hidden, ref_weight, batch.labels, ref_bias, options, memory_budget, None, backend
@@ -198,15 +210,12 @@ class PreferenceBatch(NamedTuple):
         if groups.count == 0:
             raise ValueError("labels must hold at least one sequence, got none")
         _check_rewards(rewards, segments.count, labels.device)
-        if token_weights is not None and token_weights.shape != labels.shape:
-            raise ValueError(
-                f"token_weights must have the labels' shape {list(labels.shape)}; got {list(token_weights.shape)}"
-            )
+        if token_weights is not None:
+            _check_token_weights(token_weights, labels)
+            token_weights = token_weights.detach()
         if shift and cu_seqlens is not None:
             # The last logits of one packed sequence do not predict the first token of the next.
             labels = labels.masked_fill(segments.starts(labels), ignore_index)
-        if token_weights is not None:
-            token_weights = token_weights.detach()
         return cls(labels, rewards, objective, segments, groups, token_weights, ignore_index, shift)
 
     def loss(self, token_logps: Tensor, ref_logps: Tensor | None, backend: str | None) -> RPOOutput:
@@ -214,12 +223,13 @@ class PreferenceBatch(NamedTuple):
         ref_logps = self._check_reference(ref_logps)
         if ref_logps is not None:
             ref_logps = ref_logps.to(token_logps.dtype)
-        if isinstance(self.objective, RPO) and dispatch.fuses_objective(token_logps, backend):
-            return self._fused_loss(self.objective, token_logps, ref_logps)
+        token_weights = None if self.token_weights is None else self.token_weights.to(token_logps.dtype)
+        if type(self.objective) is RPO and dispatch.fuses_objective(token_logps, backend):
+            return self._fused_loss(self.objective, token_logps, ref_logps, token_weights)
         scored = self.segments.scored(self.labels, self.ignore_index, self.shift)
         weights = scored.to(token_logps.dtype)
-        if self.token_weights is not None:
-            weights = weights * self.token_weights
+        if token_weights is not None:
+            weights = weights * token_weights
         logps = self.segments.sum(token_logps * weights)
         log_ratios = logps
         if ref_logps is not None:
@@ -238,13 +248,15 @@ class PreferenceBatch(NamedTuple):
         accuracy, margin = agreement(groups.gather(implicit), rewards, groups.present)
         return RPOOutput(group_losses.mean(), group_losses, logps, ref_logps, implicit, accuracy, margin)
 
-    def _fused_loss(self, objective: RPO, token_logps: Tensor, ref_logps: Tensor | None) -> RPOOutput:
+    def _fused_loss(
+        self, objective: RPO, token_logps: Tensor, ref_logps: Tensor | None, token_weights: Tensor | None
+    ) -> RPOOutput:
         loss, group_losses, logps, ref_sums, implicit, accuracy, margin = rpo_reduce(
             token_logps,
             self.labels,
             self.rewards,
             ref_logps,
-            self.token_weights,
+            token_weights,
             self.segments,
             self.groups,
             objective,
@@ -275,10 +287,19 @@ class PreferenceBatch(NamedTuple):
         return ref_logps.detach()
 
 
+def _check_token_weights(token_weights: Tensor, labels: Tensor) -> None:
+    if token_weights.shape != labels.shape:
+        raise ValueError(
+            f"token_weights must have the labels' shape {list(labels.shape)}; got {list(token_weights.shape)}"
+        )
+    if token_weights.device != labels.device:
+        raise ValueError(f"token_weights must be on the labels' device {labels.device}; got {token_weights.device}")
+
+
 def _check_rewards(rewards: Tensor, count: int, device: torch.device) -> None:
     if rewards.shape != (count,):
         raise ValueError(f"rewards must be one number for each of the {count} sequences; got {list(rewards.shape)}")
     if rewards.device != device:
         raise ValueError(f"rewards must be on the labels' device {device}; got {rewards.device}")
-    if device.type == "cpu" and not torch.compiler.is_compiling() and not bool(rewards.isfinite().all()):
+    if checks_values(rewards) and not bool(rewards.isfinite().all()):
         raise ValueError(f"rewards must be finite; got {rewards.tolist()}")

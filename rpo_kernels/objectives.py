@@ -74,6 +74,11 @@ class RPO:
         """Loss of each group, `[G]`, from `[G, K]` log-ratios and rewards."""
         if present is None:
             present = torch.ones_like(rewards, dtype=torch.bool)
+        # A reward that is not finite must not pass unseen: x - x is NaN for it and 0 for any other.
+        sound = 1 + torch.where(present, rewards - rewards, 0).sum(-1)
+        return self._distance(log_ratios, rewards, present) * sound
+
+    def _distance(self, log_ratios: Tensor, rewards: Tensor, present: Tensor) -> Tensor:
         best = best_responses(rewards, present)
         implicit = self.beta * log_ratios - self.margin * best
         if self.distance == "sq":
@@ -134,6 +139,9 @@ def CDPO(beta: float = 0.1, epsilon: float = 0.1) -> RPO:
     """Conservative DPO (Mitchell 2023): labels are wrong with probability `epsilon`.
 
     Equal to the paper's cross-entropy up to the entropy of the label noise, a constant.
+
+    Raises:
+        ValueError: if `epsilon` is not in (0, 0.5) or `beta` not positive and finite.
     """
     if not 0 < epsilon < 0.5:
         raise ValueError(f"epsilon must lie in (0, 0.5), got {epsilon!r}")
@@ -144,6 +152,9 @@ def IPO(beta: float = 0.1) -> RPO:
     """Identity Preference Optimization (arXiv 2310.12036, eq. 17): `(log-ratio margin - 1 / (2 beta))^2`.
 
     `beta` is the paper's tau. The squared distance carries a factor 1/2, so implicit rewards are scaled by sqrt(2).
+
+    Raises:
+        ValueError: if `beta` is not positive and finite.
     """
     if not (beta > 0 and math.isfinite(beta)):
         raise ValueError(f"beta must be a positive finite number, got {beta!r}")
@@ -151,7 +162,11 @@ def IPO(beta: float = 0.1) -> RPO:
 
 
 def SimPO(beta: float = 2.0, gamma: float = 1.0) -> RPO:
-    """Simple Preference Optimization (arXiv 2405.14734, eq. 6): length-normalised, reference-free, with a margin."""
+    """Simple Preference Optimization (arXiv 2405.14734, eq. 6): length-normalised, reference-free, with a margin.
+
+    Raises:
+        ValueError: if `beta` is not positive and finite, or `gamma` not finite.
+    """
     return RPO("bwd_kl", beta=beta, target_margin=math.inf, margin=gamma, length_normalize=True, reference_free=True)
 
 

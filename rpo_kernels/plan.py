@@ -78,7 +78,8 @@ def memory_plan(
         needs_hidden, needs_weight: what needs a gradient.
         positions: label positions, scored or not; default `rows`.
         memory_budget: bytes, `"512MB"` (10^6), `"1GiB"` (2^30), or None for a quarter of the device's free memory. It
-            bounds `peak_bytes`; a budget below the least that the work needs gives the plan of the least memory.
+            bounds `peak_bytes`. A budget below the least that the work needs gives a plan within an eighth of that
+            least: smaller tiles would cost much time for little memory.
         gradient_filter: as in `linear_token_logprobs`; only whether there is one is read.
         device: where the work runs.
         backend: `"torch"` counts the temporaries of the plain torch definition, which the other backends do not make.
@@ -190,6 +191,8 @@ class _Work:
         history = 2 * math.ceil(self.vocab / tile) * chunk * size
         differentiates = self.needs_hidden or kept > 0
         walking = 14 * chunk * size + self._pass_bytes(chunk, tile, differentiates)
+        if differentiates and (kept * tile < self.vocab or self.filtered):
+            walking += self._unit_bytes(chunk, tile)
         labels_rows = chunk * self.hidden * (size + self.item * (self.item != size)) * self.needs_hidden
         ending = history + labels_rows if differentiates else 0
         gathering = chunk * self.hidden * self.item * self.converts
@@ -210,7 +213,9 @@ class _Work:
         together = self.rows if kept and not self.converts and not self.filtered else chunk
         scaled = together * (self.hidden * (self.exact + self.operand * (self.operand != self.exact)) + 3 * self.exact)
         gradient = self._columns(tile) * self.hidden * self.exact * ((self.item != self.exact) + self.filtered)
-        recomputing = self._definition_bytes(chunk, tile, True) if kept * tile < self.vocab else 0
+        recomputing = 0
+        if kept * tile < self.vocab:
+            recomputing = self._definition_bytes(chunk, tile, True) + self._unit_bytes(chunk, tile)
         of_tile = max(gathering, scaled + gradient + recomputing)
         return saved + max(share, self._scratch_bytes(chunk, tile) + gathered + of_tile)
 
@@ -240,6 +245,10 @@ class _Work:
         weight = self._columns(tile) * self.hidden * self.operand * self.converts
         return chunk * self._columns(tile) * self.exact + weight
 
+    def _unit_bytes(self, chunk: int, tile: int) -> int:
+        """A tile of U beside the logits, where it cannot be written over them."""
+        return chunk * self._columns(tile) * self.operand * (self.operand != self.exact)
+
     def _pass_bytes(self, chunk: int, tile: int, differentiates: bool) -> int:
         """What a pass over a tile makes beside it."""
         definition = self._definition_bytes(chunk, tile, differentiates)
@@ -255,16 +264,16 @@ class _Work:
 
 
 def _shape(work: _Work, budget: int, device_type: str) -> tuple[int, int]:
-    """Rows a chunk and columns a tile: the device's shape, halved until it takes at most half of the budget."""
+    """Rows a chunk and columns a tile: the device's shape, halved until what depends on it takes half of what the
+    budget leaves for it. Where the budget cannot be met, it may take an eighth of what is needed whatever the shape."""
     chunk, tile = _SHAPES.get(device_type, _ACCELERATOR_SHAPE)
     chunk = max(1, math.ceil(work.rows / max(1, math.ceil(work.rows / chunk))))  # chunks of equal size
     tile = min(tile, math.ceil(work.vocab / EDGE) * EDGE)
     smallest_chunk = min(chunk, _SMALLEST_ROWS)
+    least = work.peak_bytes(smallest_chunk, _SMALLEST_COLUMNS, 0)
+    allowed = least + ((budget - least) // 2 if least < budget else least // 8)
 
-    def too_large() -> bool:
-        return work.peak_bytes(chunk, tile, 0) > budget // 2
-
-    while too_large() and (tile > _SMALLEST_COLUMNS or chunk > smallest_chunk):
+    while work.peak_bytes(chunk, tile, 0) > allowed and (tile > _SMALLEST_COLUMNS or chunk > smallest_chunk):
         if tile > _SMALLEST_COLUMNS and (tile * 2 > chunk or chunk <= smallest_chunk):
             tile = max(_SMALLEST_COLUMNS, tile // 2 // EDGE * EDGE)
         else:

@@ -11,6 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .checks import checks_values
+
 Layout = Literal["grouped", "stacked"]
 
 
@@ -85,7 +87,7 @@ class Groups:
 
 
 def find_segments(labels: Tensor, cu_seqlens: Tensor | None) -> Segments:
-    """Segments of padded labels `[B, T]`, or of packed labels `[total]` or `[1, total]` with `cu_seqlens` `[B + 1]`.
+    """Segments of padded labels `[B, T]`, or of packed labels `[total]` with `cu_seqlens` `[B + 1]`.
 
     Raises:
         ValueError: naming `labels` or `cu_seqlens`, if their shapes, dtypes or values do not fit.
@@ -103,7 +105,7 @@ def find_segments(labels: Tensor, cu_seqlens: Tensor | None) -> Segments:
         )
     if cu_seqlens.device != labels.device:
         raise ValueError(f"cu_seqlens must be on the labels' device {labels.device}; got {cu_seqlens.device}")
-    if not torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
+    if checks_values(cu_seqlens):
         _check_cu_seqlens(cu_seqlens.tolist(), labels.numel())
     return Segments(cu_seqlens.numel() - 1, cu_seqlens)
 
@@ -142,6 +144,8 @@ def find_groups(
 
 
 def _ragged_groups(num_sequences: int, group_ids: Sequence[int] | Tensor, device: torch.device) -> Groups:
+    if isinstance(group_ids, Tensor) and group_ids.ndim != 1:
+        raise ValueError(f"group_ids must be one-dimensional, [{num_sequences}]; got shape {list(group_ids.shape)}")
     ids = group_ids.tolist() if isinstance(group_ids, Tensor) else list(group_ids)
     if len(ids) != num_sequences:
         raise ValueError(f"group_ids must have one id for each of the {num_sequences} sequences; got {len(ids)}")

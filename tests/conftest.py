@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -11,6 +12,9 @@ if DEVICE == "cpu":
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # no graph of an older version of the package
 
 from rpo_kernels.kernels import dispatch  # noqa: E402
+
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture

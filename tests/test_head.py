@@ -5,7 +5,17 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import reference
-from rpo_kernels import RPO, SimPO, head_tiles, linear_rpo_loss, linear_token_logprobs, memory_plan, plan, rpo_loss
+from rpo_kernels import (
+    RPO,
+    SimPO,
+    head_tiles,
+    linear_rpo_loss,
+    linear_token_logprobs,
+    memory_plan,
+    plan,
+    products,
+    rpo_loss,
+)
 from rpo_kernels.kernels import dispatch
 
 OPS = torch.ops.rpo_kernels
@@ -238,14 +248,14 @@ def test_only_what_needs_a_gradient_is_computed(backend, backend_device, needs, 
     _, gradients = expected(hidden, weight, bias, labels, factors)
     rows = int((labels != -100).sum())
     done = []
-    for name, first in (("_multiply", 0), ("_add_product", 1)):
+    for name, first in (("multiply", 0), ("add_product", 1)):
 
-        def counted(*args, original=getattr(head_tiles, name), first=first):
+        def counted(*args, original=getattr(products, name), first=first):
             left, right = args[first : first + 2]
             done.append(left.shape[0] * left.shape[1] * right.shape[1])
             original(*args)
 
-        monkeypatch.setattr(head_tiles, name, counted)
+        monkeypatch.setattr(products, name, counted)
     of_weight = "w" in needs or "b" in needs
     for kept in ("none", "some", "all") if of_weight else ("none",):
         done.clear()
@@ -291,9 +301,9 @@ def test_the_way_of_accelerators(live_backend, monkeypatch, mixed, gradient_filt
     backend, _ = live_backend("native")
     for module in (plan, head_tiles):
         monkeypatch.setattr(module, "operand_dtype", lambda dtype, device: dtype)
-    monkeypatch.setattr(head_tiles, "_multiplies_into_float32", lambda device, dtype: mixed or dtype.itemsize >= 4)
-    monkeypatch.setattr(head_tiles, "_multiply", multiply)
-    monkeypatch.setattr(head_tiles, "_add_product", lambda total, left, right: total.add_(left.float() @ right.float()))
+    monkeypatch.setattr(products, "results_in_float32", lambda device, dtype: mixed or dtype.itemsize >= 4)
+    monkeypatch.setattr(products, "multiply", multiply)
+    monkeypatch.setattr(products, "add_product", lambda total, left, right: total.add_(left.float() @ right.float()))
     hidden, weight, bias, labels = make(dtype=torch.bfloat16, bias=True)
     factors = factors_for(labels)
     values, exact = expected(hidden, weight, bias, labels, factors, softcap=30.0)
@@ -379,13 +389,13 @@ def test_filter_of_zero_is_exact(backend, backend_device):
 def test_filter_saves_products(backend, backend_device, monkeypatch):
     hidden, weight, bias, labels = sparse(backend_device)
     widths = []
-    original = head_tiles._add_product
+    original = products.add_product
 
     def counted(total, left, right):
         widths.append(left.shape[1])
         original(total, left, right)
 
-    monkeypatch.setattr(head_tiles, "_add_product", counted)
+    monkeypatch.setattr(products, "add_product", counted)
     hidden = hidden.detach().requires_grad_()
     linear_token_logprobs(hidden, weight.detach(), labels, bias=bias, gradient_filter=2**-7, backend=backend)
     chunks = len(range(0, int((labels != -100).sum()), 16))

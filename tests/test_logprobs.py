@@ -91,6 +91,14 @@ def test_inplace_backward_writes_into_the_logits(backend, backend_device):
     assert grad.data_ptr() == logits.data_ptr()
 
 
+def test_inplace_backward_of_logits_whose_vocabulary_is_not_contiguous(backend, backend_device):
+    leaf, labels = make((3, 6), 130, device=backend_device)
+    logits = (leaf * 1).transpose(1, 2).contiguous().transpose(1, 2)
+    (expected,) = torch.autograd.grad(token_logprobs(logits, labels, backend=backend).sum(), logits)
+    (grad,) = torch.autograd.grad(token_logprobs(logits, labels, inplace_backward=True, backend=backend).sum(), logits)
+    assert torch.equal(grad, expected) and grad.data_ptr() == logits.data_ptr()
+
+
 def test_inplace_backward_bumps_the_version(backend, backend_device):
     leaf, labels = make(device=backend_device)
     logits = leaf * 1
@@ -210,6 +218,7 @@ def test_int32_labels(backend, backend_device):
         (lambda x, y: (x, y, dict(logit_scale=float("nan"))), "logit_scale"),
         (lambda x, y: (x, y, dict(backend="cuda")), "backend must be one of"),
         (lambda x, y: (x.double(), y, dict(backend="native")), "native"),
+        (lambda x, y: (x[:1].expand(x.shape), y, dict(inplace_backward=True)), "rows do not share memory"),
         (lambda x, y: (x, y.to("meta"), {}), "labels must be on the logits' device"),
     ],
 )

@@ -225,6 +225,29 @@ def test_users_own_objective(backend, backend_device):
     check(out, by_hand(logits, labels, rewards, ref, with_none, index), logits, rewards, index)
 
 
+def test_a_subclass_with_its_own_formula_is_the_users_own(backend, backend_device):
+    class Doubled(RPO):
+        def __call__(self, log_ratios, rewards, present=None):
+            return 2 * super().__call__(log_ratios, rewards, present)
+
+    logits, labels, rewards, ref = make(device=backend_device)
+    plain = rpo_loss(logits, labels, rewards, ref_logps=ref, objective=RPO("sq"), backend=backend)
+    doubled = rpo_loss(logits, labels, rewards, ref_logps=ref, objective=Doubled("sq"), backend=backend)
+    torch.testing.assert_close(doubled.group_losses, 2 * plain.group_losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_token_weights_of_any_type(backend, backend_device, dtype):
+    logits, labels, rewards, ref = make(device=backend_device)
+    weights = torch.arange(labels.numel(), device=backend_device).reshape(labels.shape) % 3
+    results = []
+    for kind in (torch.float32, dtype):
+        out = rpo_loss(logits, labels, rewards, ref_logps=ref, token_weights=weights.to(kind), backend=backend)
+        results.append([out.loss, out.logps, *torch.autograd.grad(out.loss, logits)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
 def test_builtin_objective_as_a_callable_gives_the_same(backend, backend_device):
     """The fused kernel against the definition: wrapping an RPO in a function takes the unfused way."""
     logits, labels, rewards, ref = make(4, 3, device=backend_device)
@@ -268,7 +291,10 @@ BAD = {
     "num_responses must divide": lambda a: a.update(num_responses=4),
     "layout must be one of": lambda a: a.update(layout="zigzag"),
     "group_ids must have one id": lambda a: a.update(group_ids=[0, 1]),
+    "group_ids must be one-dimensional": lambda a: a.update(group_ids=torch.zeros(6, 1, dtype=torch.int64)),
     "token_weights must have": lambda a: a.update(token_weights=torch.ones(6)),
+    "token_weights must be on": lambda a: a.update(token_weights=torch.ones(a["labels"].shape, device="meta")),
+    "ref_logits must have": lambda a: a.update(ref_logps=None, ref_logits=a["logits"][:-1]),
     "ref_logps must be given": lambda a: a.update(ref_logps=None),
     "ref_logps must be sums": lambda a: a.update(ref_logps=torch.zeros(6, 6)),
     "ref_logps or ref_logits": lambda a: a.update(ref_logits=a["logits"]),

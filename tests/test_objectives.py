@@ -155,12 +155,15 @@ def test_losses_are_finite_not_negative_and_blind_to_a_common_shift(size, distan
     torch.testing.assert_close(objective(ratios + shift, rewards - shift), losses, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", [*map(RPO, DISTANCES), DPO()], ids=repr)
-def test_a_reward_that_is_no_number_shows(objective):
-    rewards = draw(2, 3, seed=1)
-    rewards[0, 1] = math.nan
-    losses = objective(draw(2, 3), rewards)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("objective", [*map(RPO, DISTANCES), DPO(), CDPO()], ids=repr)
+def test_a_reward_that_is_not_finite_shows(objective, bad):
+    rewards, ratios = draw(2, 3, seed=1), draw(2, 3).requires_grad_()
+    rewards[0, 1] = bad
+    losses = objective(ratios, rewards)
+    (grad,) = torch.autograd.grad(losses.sum(), ratios)
     assert losses[0].isnan() and losses[1].isfinite()
+    assert grad[0].isnan().any() and grad[1].isfinite().all()
 
 
 def test_accuracy_and_margin():

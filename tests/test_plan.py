@@ -1,9 +1,10 @@
 """The planner: budgets as given, plans that keep to them, and predictions against counted allocations."""
 
+import numpy as np
 import pytest
 import torch
 
-from rpo_kernels import linear_token_logprobs, memory_plan, plan
+from rpo_kernels import head_tiles, linear_token_logprobs, memory_plan, plan, products
 
 CPU = torch.device("cpu")
 
@@ -91,21 +92,12 @@ def peak_of(work):
     return result, peak, held
 
 
-@pytest.mark.parametrize("budget", [0, "20MB"])
-@pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)], ids=["hidden", "weight", "both"])
-@pytest.mark.parametrize(
-    "backend, rows, positions, hidden, vocab, dtype",
-    [
-        ("native", 600, 800, 128, 16384, torch.bfloat16),
-        ("native", 300, 600, 64, 9000, torch.float32),
-        ("torch", 300, 400, 64, 9000, torch.bfloat16),
-        ("torch", 300, 600, 64, 9000, torch.float32),
-    ],
-)
-def test_predicted_peak_against_counted_allocations(
-    live_backend, backend, rows, positions, hidden, vocab, dtype, needs, budget
-):
-    live_backend(backend)
+BUDGETS = pytest.mark.parametrize("budget", [0, "20MB"])
+NEEDS = pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)], ids=["hidden", "weight", "both"])
+
+
+def predicted_and_measured(rows, positions, hidden, vocab, dtype, needs, budget, backend):
+    """The plan, and the peak bytes of a step beyond inputs, result and gradients."""
     inputs = [
         torch.randn(positions, hidden).to(dtype).requires_grad_(needs[0]),
         torch.randn(vocab, hidden).to(dtype).requires_grad_(needs[1]),
@@ -130,8 +122,63 @@ def test_predicted_peak_against_counted_allocations(
     )
     wanted = [x for x in inputs if x.requires_grad]
     _, backward, _ = peak_of(lambda: torch.autograd.grad(logps, wanted, torch.ones_like(logps)))
-    measured = max(forward, held + backward - chosen.gradient_bytes) - logps.nbytes
+    return chosen, max(forward, held + backward - chosen.gradient_bytes) - logps.nbytes
+
+
+@BUDGETS
+@NEEDS
+@pytest.mark.parametrize(
+    "backend, rows, positions, hidden, vocab, dtype",
+    [
+        ("native", 600, 800, 128, 16384, torch.bfloat16),
+        ("native", 300, 600, 64, 9000, torch.float32),
+        ("torch", 300, 400, 64, 9000, torch.bfloat16),
+        ("torch", 300, 600, 64, 9000, torch.float32),
+    ],
+)
+def test_predicted_peak_against_counted_allocations(
+    live_backend, backend, rows, positions, hidden, vocab, dtype, needs, budget
+):
+    live_backend(backend)
+    chosen, measured = predicted_and_measured(rows, positions, hidden, vocab, dtype, needs, budget, backend)
     assert measured <= chosen.peak_bytes <= 1.1 * measured
+
+
+def as_numpy(x):
+    """Half precision as a float32 array, in memory that torch does not count."""
+    if x.dtype == torch.float32:
+        return x.numpy()
+    return (x.view(torch.int16).numpy().astype(np.uint32) << 16).view(np.float32)
+
+
+@BUDGETS
+@NEEDS
+def test_predicted_peak_of_an_accelerator(live_backend, monkeypatch, needs, budget):
+    """Products that read bfloat16 and write float32, as on a GPU, made up here."""
+
+    def multiply(left, right, out):
+        out.copy_(torch.from_numpy(as_numpy(left) @ as_numpy(right)))
+
+    def add_product(total, left, right):
+        total.numpy()[...] += as_numpy(left) @ as_numpy(right)
+
+    live_backend("native")
+    for module in (plan, head_tiles):
+        monkeypatch.setattr(module, "operand_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(products, "results_in_float32", lambda device, dtype: True)
+    monkeypatch.setattr(products, "multiply", multiply)
+    monkeypatch.setattr(products, "add_product", add_product)
+    chosen, measured = predicted_and_measured(600, 800, 128, 16384, torch.bfloat16, needs, budget, "native")
+    # A CPU multiplies bfloat16 by float32 by way of a float32 copy, which a GPU does not make.
+    copy = chosen.chunk_rows * 128 * 4
+    assert measured - copy <= chosen.peak_bytes <= 1.1 * measured
+
+
+def test_a_budget_that_cannot_be_met_does_not_crumble_the_work():
+    for rows, hidden, vocab, device in ((8192, 640, 262144, "cpu"), (131072, 4096, 128256, "cuda")):
+        chosen = memory_plan(rows, hidden, vocab, memory_budget="64MB", device=device)
+        roomy = memory_plan(rows, hidden, vocab, memory_budget="100GB", device=device)
+        assert chosen.chunk_rows * chosen.tile_columns * 8 >= roomy.chunk_rows * roomy.tile_columns
 
 
 @pytest.mark.parametrize("scale", [0.01, 3.0], ids=["all-active", "sparse"])

@@ -32,6 +32,13 @@ def test_objectives_by_name(argv, expected):
     assert settings(*argv).objective.build() == expected
 
 
+def test_a_parameter_of_zero_is_a_value():
+    assert settings("--objective", "simpo", "--gamma", "0").objective.build() == SimPO(gamma=0.0)
+    assert settings("--target-margin", "0").objective.build() == RPO(target_margin=0.0)
+    with pytest.raises(ValueError, match="beta must be a positive"):
+        ObjectiveArguments(beta=0.0).build()
+
+
 def test_a_parameter_of_another_objective_is_refused():
     with pytest.raises(ValueError, match=r"'dpo' takes \['beta'\], not \['eta', 'gamma'\]"):
         ObjectiveArguments(objective="dpo", eta=1.0, gamma=2.0).build()
@@ -73,6 +80,12 @@ def test_demonstration_flags_come_first():
         ([*GIVEN, "--beta", "-1"], "beta must be a positive finite number"),
         ([*GIVEN, "--objective", "ppo"], "argument --objective: invalid choice: 'ppo'"),
         ([*GIVEN, "--objective", "dpo", "--eta", "1"], "'dpo' takes"),
+        ([*GIVEN, "--beta", "0"], "beta must be a positive finite number"),
+        ([*GIVEN, "--max-length", "1"], "max_length must be at least 2, got 1"),
+        ([*GIVEN, "--memory-budget", "5XB"], "memory_budget must be bytes"),
+        ([*GIVEN, "--gradient-filter", "-1"], "gradient_filter must be at least 0"),
+        ([*GIVEN, "--loss-level", "logits", "--memory-budget", "1GB"], "are the head level's"),
+        ([*GIVEN, "--save-strategy", "sometimes"], "sometimes"),
         (["config.json"], "expected a .yaml file or a --flag first, got 'config.json'"),
         (["absent.yaml"], "cannot read absent.yaml"),
     ],

@@ -109,6 +109,25 @@ def test_bad_lines_are_all_reported_with_their_place(tmp_path):
     assert "2 bad lines" in text and f"{path}:2: empty line" in text and f"{path}:3: keys ['prompt']" in text
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"prompt": "\xff\xfe"}',
+        b'{"prompt": "p", "chosen": "a", "rejected": "b", '
+        + b'"chosen_reward": 1'
+        + b"0" * 400
+        + b', "rejected_reward": 0}',
+    ],
+    ids=["not text", "too large"],
+)
+def test_bytes_and_numbers_out_of_range_are_bad_lines_too(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(json.dumps(PAIR).encode() + b"\n" + line + b"\n")
+    with pytest.raises(DataError, match="bad line") as error:
+        read_groups(path)
+    assert f"{path}:2: " in str(error.value)
+
+
 def test_a_long_list_of_bad_lines_is_cut(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text("{}\n" * 50)

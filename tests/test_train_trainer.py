@@ -46,6 +46,15 @@ def direct_groups(model, data, objective):
     return rows
 
 
+def test_one_process_takes_one_gpu(tmp_path):
+    """Trainer would wrap the model in nn.DataParallel."""
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.warns(UserWarning, match="torchrun"):
+        made = RPOTrainer(tiny_model(), args, processing_class=tokenizer())
+    assert made.args.n_gpu == 1 and made.model is made._wrap_model(made.model, training=False)
+
+
 @pytest.mark.parametrize("sizes", [(3,), (2, 4, 3)], ids=["even", "ragged"])
 @pytest.mark.parametrize("objective", [RPO("sq", beta=0.5), DPO(), SimPO()], ids=["sq", "dpo", "simpo"])
 def test_evaluation_equals_direct_computation(tmp_path, objective, sizes):

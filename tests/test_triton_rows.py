@@ -150,10 +150,8 @@ def test_errors_name_the_argument(device):
     stats = triton_rows.row_stats(logits[:, :1], labels[:, :1], PLAIN)
     with pytest.raises(ValueError, match=r"logits must be .* got torch\.float64"):
         triton_rows.row_stats(logits.double(), labels, PLAIN)
-    for out in (logits.double(), logits[..., :-1], torch.empty(2, 300, 3, device=device).transpose(1, 2)):
-        with pytest.raises(
-            ValueError, match=r"out must be float32, bfloat16 or float16 of shape \[2, 3, 300\] with last stride 1"
-        ):
+    for out in (logits.double(), logits[..., :-1]):
+        with pytest.raises(ValueError, match=r"out must be float32, bfloat16 or float16 of shape \[2, 3, 300\]"):
             triton_rows.row_grad(logits, labels, stats, grad_logps, PLAIN, out=out)
     running = stats._replace(logp=stats.logp.expand(2, 3))
     with pytest.raises(ValueError, match="running must be contiguous"):

@@ -77,8 +77,11 @@ def backend_info() -> dict[str, dict[str, Any]]:
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     info: dict[str, dict[str, Any]] = {}
     for name, device in (("triton", cuda), ("native", "cpu"), ("torch", cuda)):
-        reason = why_not(name, device, torch.float32)
-        version = _versions(name) if reason is None else None
+        reason, version = why_not(name, device, torch.float32), None
+        try:
+            version = _versions(name) if reason is None else None
+        except ValueError as error:  # RPO_KERNELS_NATIVE_LEVEL names a level that does not run here
+            reason = str(error)
         info[name] = {"live": reason is None, "device": _device_name(device), "reason": reason, "version": version}
     return info
 

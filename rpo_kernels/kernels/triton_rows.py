@@ -109,19 +109,23 @@ def row_grad(
     """`definition.row_grad` for float32, bfloat16 and float16 logits and `out`; one launch.
 
     Rows of `logits` and `out` may be strided, `grad_logps` may have any strides. Loads and stores are 16 bytes wide
-    where rows of the two tensors are equally far from a boundary, narrower where not.
+    where rows of the two tensors are equally far from a boundary, narrower where not. An `out` whose last stride is not
+    1 is written by way of a copy.
 
     Raises:
-        ValueError: for another dtype, or an `out` of another shape or with a last stride other than 1.
+        ValueError: for another dtype, or an `out` of another shape.
     """
     source = _checked(logits)
     if out is None:
         out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
-    if out.shape != source.shape or out.dtype not in _DTYPES or (out.shape[-1] > 1 and out.stride(-1) != 1):
+    if out.shape != source.shape or out.dtype not in _DTYPES:
         raise ValueError(
-            f"out must be float32, bfloat16 or float16 of shape {list(source.shape)} with last stride 1; "
-            f"got {out.dtype} of shape {list(out.shape)} with strides {list(out.stride())}"
+            f"out must be float32, bfloat16 or float16 of shape {list(source.shape)}; "
+            f"got {out.dtype} of shape {list(out.shape)}"
         )
+    if out.shape[-1] > 1 and out.stride(-1) != 1:
+        dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        return out.copy_(row_grad(source, labels, stats, grad_logps, options, first_column, dense, active))
     if out.numel() == 0:
         return out
     columns = source.shape[-1]

@@ -12,11 +12,12 @@ from rich.progress import track
 from ..plan import memory_plan, parse_budget
 from .bench import memory_limit
 from .charts import draw_memory
-from .memory import measure_peaks
+from .memory import failure, measure_peaks
 from .models import MODELS, Model, find_model
 from .problem import Problem
 from .providers import providers
 from .reports import describe_machine, device_slug, format_bytes, print_table, save_json
+from .timing import DeviceLost
 
 # Bytes a parameter of the whole model: frozen in half precision (LoRA; the adapters are small), or mixed-precision Adam
 # (half-precision weights and gradients; float32 weights and two moments).
@@ -151,7 +152,11 @@ def main(argv: Sequence[str]) -> int:
         snapshots = path.parent / f"{args.name}-snapshots"
         for provider in track(chosen, "measuring", console=console, transient=True):
             limit = memory_limit(args.memory_limit, args.device)
-            (measured[provider.name],) = measure_peaks(provider, [problem], limit, snapshots)
+            try:
+                (measured[provider.name],) = measure_peaks(provider, [problem], limit, snapshots)
+            except DeviceLost as error:
+                measured[provider.name] = failure(f"broke the GPU, so that the rest was not measured: {error}")
+                break
     data = memory_data(problem, machine, measured)
     print_memory(console, data)
     title = f"What fits {args.card}, predicted: one prompt, {args.model}, {args.dtype}, gradient checkpointing"

@@ -6,6 +6,8 @@ time, is continued by the next one, which skips what is done.
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 
-from .memory import text_of
 from .reports import describe_machine, device_slug, same_setup, save_json
 
 TOTAL_SECONDS = 8.5 * 60
@@ -43,7 +44,7 @@ STEPS = [
     Step(
         "memory",
         120,
-        ["-m", "rpo_kernels.cli", "memory", "--model", "llama-3.1-8b", "--responses", "4", "--length", "2048"],
+        [*_CLI, "memory", "--model", "llama-3.1-8b", "--responses", "4", "--length", "2048"],
     ),
     _bench("shapes", "--model gemma-2-2b --level head logits"),
     _bench("rows", "--model llama-3.1-8b --level head --rows 2048 8192 32768 131072 --seconds 2", 180),
@@ -84,18 +85,27 @@ def run(step: Step, seconds: float, folder: Path) -> int:
     log = folder / "log.txt"
     print(f"== {step.name}", flush=True)
     while True:
-        try:
-            left = max(1.0, deadline - time.monotonic())
-            command = [sys.executable, *step.arguments, *out]
-            done = subprocess.run(command, timeout=left, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            output, status = done.stdout, done.returncode
-        except subprocess.TimeoutExpired as expired:
-            output, status = text_of(expired.stdout), 124
+        left = max(1.0, deadline - time.monotonic())
+        output, status = _run([sys.executable, *step.arguments, *out], left)
         print(output, flush=True)
         with log.open("a") as file:
             file.write(f"== {step.name}: exit status {status}\n{output}\n")
-        if status != _DEVICE_LOST:
+        if status != _DEVICE_LOST or "bench" not in step.arguments:
             return status
+
+
+def _run(command: list[str], seconds: float) -> tuple[str, int]:
+    """Output and exit status; out of time, what it started is stopped too, and the status is 124."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+            return output, process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            return output, 124
 
 
 def _read(record: Path, machine: dict) -> dict:

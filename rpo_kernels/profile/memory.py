@@ -115,8 +115,12 @@ def recorded(result: dict[str, Any], device: str, timeout: float) -> Iterator[No
 
 def _attempt(provider: Provider, problem: Problem, limit, snapshots: Path | None, timeout: float) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    with recorded(result, problem.device, timeout):
-        result.update(_measure(provider, problem, limit, snapshots))
+    try:
+        with recorded(result, problem.device, timeout):
+            result.update(_measure(provider, problem, limit, snapshots))
+    finally:
+        if limit is not None and problem.device != "cpu":  # on a CPU the limit ends with the process
+            torch.cuda.set_per_process_memory_fraction(1.0)
     return result
 
 

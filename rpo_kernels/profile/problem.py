@@ -96,7 +96,8 @@ class Inputs(NamedTuple):
         rewards = -torch.arange(problem.responses, device=problem.device).repeat_interleave(groups).float()
         if problem.level == "logits":
             logits = torch.randn(*shape, problem.vocab, dtype=problem.torch_dtype, **options)
-            logits.mul_(2).add_(zipf).div_(problem.logit_scale)
+            # In the logits' dtype: a CPU would add a float32 row by way of a float32 copy of all.
+            logits.mul_(2).add_(zipf.to(logits.dtype)).div_(problem.logit_scale)
             return cls(problem, labels, rewards, logits=logits.requires_grad_())
         hidden = torch.randn(*shape, problem.hidden, dtype=problem.torch_dtype, **options)
         weight = torch.randn(problem.vocab, problem.hidden, dtype=problem.torch_dtype, **options)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from ..files import write_whole
 from .problem import Problem
 from .timing import median, spread
 
@@ -30,6 +31,8 @@ _PACKAGES = (
     "quack-kernels",
 )
 
+_DRIVER_QUERY = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+
 
 def describe_machine(device: str) -> dict[str, Any]:
     """Device, driver, versions of everything that is compared, and the date."""
@@ -37,7 +40,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else _processor(),
         "device_memory": torch.cuda.mem_get_info()[1] if on_gpu else _total_memory(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "driver": _output(*_DRIVER_QUERY) if on_gpu else None,
         "threads": torch.get_num_threads(),
         "platform": platform.platform(terse=True),
         "python": platform.python_version(),
@@ -86,10 +89,7 @@ def _output(*command: str) -> str | None:
 
 def save_json(data: dict[str, Any], path: Path) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(data, indent=1) + "\n")
 
 
 # Quantities --------------------------------------------------------------------------------------------------------

@@ -86,9 +86,11 @@ def interleave(runs: dict[str, Run], inputs: Inputs, inplace: set[str], seconds:
 def preserved(inputs: Inputs, inplace: bool) -> Iterator[None]:
     """Give the logits their values back after a provider that overwrites them."""
     pristine = inputs.logits.detach().clone() if inplace else None
-    yield
-    if pristine is not None:
-        inputs.logits.data.copy_(pristine)
+    try:
+        yield
+    finally:
+        if pristine is not None:
+            inputs.logits.data.copy_(pristine)
 
 
 def warm_up(run: Run, inputs: Inputs, inplace: bool) -> None:

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..objectives import CDPO, DPO, IPO, RPO, DistilledDPO, Objective, SimPO
+from ..plan import parse_budget
 
 OBJECTIVES: dict[str, Callable[..., RPO]] = {
     "rpo": RPO,
@@ -59,6 +60,13 @@ class DataArguments:
     max_train_groups: int | None = _setting(None, "Use only the first groups of the training data.")
     max_eval_groups: int | None = _setting(None, "Use only the first groups of the held-out data.")
 
+    def check(self) -> None:
+        """ValueError for a number out of range."""
+        for name, least in (("max_length", 2), ("max_train_groups", 1), ("max_eval_groups", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
 
 @dataclass
 class ObjectiveArguments:
@@ -86,7 +94,7 @@ class ObjectiveArguments:
         """
         make = OBJECTIVES[self.objective]
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objective"}
-        given = {name: value for name, value in given.items() if value not in (None, False)}
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
         takes = list(inspect.signature(make).parameters)
         if unknown := sorted(set(given) - set(takes)):
             raise ValueError(f"objective {self.objective!r} takes {takes}, not {unknown}")
@@ -112,6 +120,14 @@ class RunArguments:
     cache_dir: str | None = _setting(
         None, "Where the reference's log-probabilities are kept (default: ~/.cache/rpo_kernels/reference)."
     )
+
+    def check(self) -> None:
+        """ValueError for what cannot be read, is out of range, or would be ignored."""
+        parse_budget(self.memory_budget, torch.device("cpu"))
+        if self.gradient_filter is not None and not self.gradient_filter >= 0:
+            raise ValueError(f"gradient_filter must be at least 0, got {self.gradient_filter}")
+        if self.loss_level == "logits" and (self.memory_budget is not None or self.gradient_filter is not None):
+            raise ValueError("memory_budget and gradient_filter are the head level's; loss_level is 'logits'")
 
 
 @dataclass
@@ -167,9 +183,12 @@ class Parser(HfArgumentParser):
 
     def settings(self, argv: Sequence[str]) -> Settings:
         """Parse; on a mistake, print what it is and exit with status 2."""
-        *parsed, unknown = self.parse_args_into_dataclasses(
-            [*argv], return_remaining_strings=True, look_for_args_file=False
-        )
+        try:
+            *parsed, unknown = self.parse_args_into_dataclasses(
+                [*argv], return_remaining_strings=True, look_for_args_file=False
+            )
+        except ValueError as error:  # of TrainingArguments
+            self.error(str(error))
         if unknown:
             self.error(f"unknown arguments: {' '.join(unknown)}")
         return Settings(*parsed)
@@ -219,6 +238,8 @@ def parse(argv: Sequence[str], demonstration: Sequence[str]) -> tuple[Settings, 
         settings = parser.settings([*demonstration, *argv])
     try:
         settings.objective.build()
+        settings.data.check()
+        settings.run.check()
     except ValueError as error:
         parser.error(str(error))
     return settings, demo

@@ -73,8 +73,8 @@ def read_groups(path: str | Path, limit: int | None = None) -> list[Group]:
     return groups
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    with open(path, encoding="utf-8") as file:
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             yield f"{path}:{number}", line
 
@@ -93,18 +93,18 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
         yield f"{path} row {number}", row
 
 
-def parse_record(record: str | dict) -> tuple[Text, list[Text], list[float]]:
+def parse_record(record: str | bytes | dict) -> tuple[Text, list[Text], list[float]]:
     """Prompt, responses and rewards of one record: a line of JSON or a dict.
 
     Raises:
         ValueError: saying what is wrong with it.
     """
-    if isinstance(record, str):
+    if isinstance(record, str | bytes):
         if not record.strip():
             raise ValueError("empty line")
         try:
             record = json.loads(record)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # of the JSON or of its encoding
             raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {_kind(record)}")
@@ -232,9 +232,13 @@ def _need(item: dict, key: str, name: str) -> Any:
 def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number, got {_kind(value)}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {str(value)[:20]}")
+    return number
 
 
 def _kind(value: Any) -> str:

@@ -11,16 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ProgressCallback, TrainerCallback
 
+from ..files import write_whole
+
 # Prefixes of the metrics over the held-out and the training data, and how these are called in text.
 HELD_OUT, TRAINING = "eval", "training"
 NAMES = {TRAINING: "training", HELD_OUT: "held-out"}
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write atomically; NaN and infinity become null."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    """Write the file whole; NaN and infinity become null."""
+    write_whole(path, json.dumps(_finite(content), indent=1) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """`transformers.Trainer` with the RPO loss."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +50,10 @@ class RPOTrainer(Trainer):
     ):
         if args.remove_unused_columns:
             raise ValueError("args.remove_unused_columns must be False: the loss needs columns that the model does not")
+        if args.n_gpu > 1:  # Trainer would use nn.DataParallel, which splits batches without regard to groups
+            message = "one process trains on one GPU; start one for each with torchrun or accelerate launch"
+            warnings.warn(message, stacklevel=2)
+            args._n_gpu = 1
         self.objective: Objective = objective
         self.loss_layer = loss_layer or LossLayer.of(model)
         pad = getattr(processing_class, "pad_token_id", None)
@@ -107,7 +112,7 @@ class RPOTrainer(Trainer):
         if num_items_in_batch is not None:
             # DDP averages gradients over processes.
             loss = loss * len(inputs["group_sizes"]) * self.accelerator.num_processes / num_items_in_batch
-        if model.training:
+        if model.training and self.args.logging_strategy != "no":
             self._tables.append(GroupTable.of(output, inputs))
         return (loss, output) if return_outputs else loss
 
