@@ -7,6 +7,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -161,9 +162,23 @@ def _free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + reserved
     try:
         with open("/proc/meminfo") as meminfo:
-            return next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return min(free, _container_bytes(Path("/sys/fs/cgroup"), free))
+
+
+def _container_bytes(group: Path, unlimited: int) -> int:
+    """What the container's limit (cgroup v2) leaves, file cache that it would give back included."""
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max":
+            return unlimited
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+    except (OSError, KeyError, ValueError):
+        return unlimited
+    return max(0, int(limit) - used)
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,13 @@ def compare(logits, labels, backend, inplace_backward=False, **options):
     assert logps.shape == labels.shape and grad.dtype == logits.dtype
     dtype = logits.dtype
     torch.testing.assert_close(logps.double(), exact.detach(), rtol=2e-6, atol=TOLERANCE[dtype])
-    scale = exact_grad.double().norm().clamp(min=1e-30)
     # Triton's interpreter cuts float32 down to bfloat16 where a GPU rounds.
     cut = 2 if backend == "triton" and leaf.device.type == "cpu" and dtype == torch.bfloat16 else 1
-    assert (grad.double() - exact_grad.double()).norm() / scale <= cut * GRADIENT[dtype]
+    # Of a probability near 1, whose gradient is near 0, float32 statistics know 6e-8.
+    slope = options.get("logit_scale", 1.0) / options.get("temperature", 1.0)
+    floor = 0 if dtype == torch.float64 else 1e-7 * slope * labels.numel() ** 0.5
+    error, size = (grad.double() - exact_grad.double()).norm(), exact_grad.double().norm()
+    assert error <= cut * GRADIENT[dtype] * size + floor
     return logps
 
 

@@ -37,6 +37,15 @@ def test_default_budget_is_a_part_of_free_memory():
     assert 10**6 < plan.parse_budget(None, CPU) < 2**50
 
 
+def test_a_containers_limit_counts(tmp_path):
+    assert plan._container_bytes(tmp_path, 77) == 77  # no such files: no limit
+    for name, content in (("max", "1000\n"), ("current", "600\n"), ("stat", "anon 500\ninactive_file 100\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert plan._container_bytes(tmp_path, 77) == 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert plan._container_bytes(tmp_path, 77) == 77
+
+
 @pytest.mark.parametrize("sizes", [(-1, 4, 4), (4, 0, 4), (4, 4, 0)])
 def test_sizes_that_do_not_fit(sizes):
     with pytest.raises(ValueError, match="must be at least"):
