@@ -19,8 +19,6 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 _SHAPES = {"cpu": (1024, 2048)}
 _ACCELERATOR_SHAPE = (2048, 8192)
 _SMALLEST_ROWS, _SMALLEST_COLUMNS = 128, EDGE
-# Tiles' worth of temporaries, in float32 or better, that the plain torch definition makes beside the tile itself.
-_STATS_TEMPORARIES, _GRAD_TEMPORARIES = 3, 5
 _SMALL = 2048  # tensors of a few numbers
 
 
@@ -83,7 +81,7 @@ def memory_plan(
             least: smaller tiles would cost much time for little memory.
         gradient_filter: as in `linear_token_logprobs`; only whether there is one is read.
         device: where the work runs.
-        backend: `"torch"` counts the temporaries of the plain torch definition, which the other backends do not make.
+        backend: `"torch"` counts the copy that the plain torch definition makes of a tile, which the other backends do not make.
 
     Returns:
         `MemoryPlan`.
@@ -230,7 +228,7 @@ class _Work:
         gradient = self._columns(tile) * self.hidden * self.exact * ((self.item != self.exact) + self.filtered)
         recomputing = 0
         if kept * tile < self.vocab:
-            recomputing = self._definition_bytes(chunk, tile, True) + self._unit_bytes(chunk, tile)
+            recomputing = self._definition_bytes(chunk, tile) + self._unit_bytes(chunk, tile)
         of_tile = max(gathering, scaled + gradient + recomputing)
         return saved + max(share, self._scratch_bytes(chunk, tile) + gathered + of_tile)
 
@@ -266,16 +264,16 @@ class _Work:
 
     def _pass_bytes(self, chunk: int, tile: int, differentiates: bool) -> int:
         """What a pass over a tile makes beside it."""
-        definition = self._definition_bytes(chunk, tile, differentiates)
+        definition = self._definition_bytes(chunk, tile)
         if not self.filtered or not differentiates:
             return definition
         columns = self._columns(tile)
         gathered = DENSE_SHARE * columns * (chunk + self.hidden) * self.operand
         return max(math.ceil(gathered) + 16 * columns, definition)
 
-    def _definition_bytes(self, chunk: int, tile: int, differentiates: bool) -> int:
-        per_element = (_GRAD_TEMPORARIES if differentiates else _STATS_TEMPORARIES) * self.exact + 1
-        return self._columns(tile) * (chunk * per_element + 8) * self.defined
+    def _definition_bytes(self, chunk: int, tile: int) -> int:
+        """The definition's own copy of a tile; a filter looks at the gradient's magnitude beside it."""
+        return chunk * self._columns(tile) * (self.exact + self.filtered * (self.exact + 1)) * self.defined
 
 
 def _shape(work: _Work, budget: int, device_type: str) -> tuple[int, int]:

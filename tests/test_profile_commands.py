@@ -136,7 +136,7 @@ def test_gpu_steps_are_commands_that_parse():
 def test_gpu_step_goes_on_after_a_lost_device_and_stops_in_time(tmp_path, capfd):
     counter = tmp_path / "counter"
     lost_twice = f"p = open({str(counter)!r}, 'a'); p.write('x'); exit(3 if p.tell() < 3 else 0)"
-    assert run(Step("lost", 60, ["-c", lost_twice]), 60, tmp_path) == 0
+    assert run(Step("lost", 60, ["-c", lost_twice, "bench"]), 60, tmp_path) == 0
     assert counter.read_text() == "xxx"
     assert run(Step("slow", 1, ["-c", "print('began', flush=True); import time; time.sleep(60)"]), 1, tmp_path) == 124
     assert "slow: exit status 124\nbegan" in (tmp_path / "log.txt").read_text()

@@ -10,19 +10,20 @@ from .contract import ActiveColumns, RowStats, TokenOptions
 
 
 def transform(logits: Tensor, options: TokenOptions) -> Tensor:
-    """`z = softcap * tanh(logit_scale * x / softcap) / temperature`, in float32 or better."""
-    z = _accumulator(logits) * options.logit_scale
-    if options.softcap is not None:
-        z = options.softcap * torch.tanh(z / options.softcap)
-    return z / options.temperature
+    """`z = softcap * tanh(logit_scale * x / softcap) / temperature`, in float32 or better; a new tensor."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    if options.softcap is None:
+        return z.mul_(options.logit_scale / options.temperature)
+    return z.mul_(options.logit_scale / options.softcap).tanh_().mul_(options.softcap / options.temperature)
 
 
-def transform_derivative(logits: Tensor, options: TokenOptions) -> Tensor | float:
-    """`dz/dx`, elementwise."""
+def transform_derivative(z: Tensor, options: TokenOptions) -> Tensor | float:
+    """`dz/dx` where the transform gave `z`, elementwise."""
     slope = options.logit_scale / options.temperature
     if options.softcap is None:
         return slope
-    return slope * (1 - torch.tanh(_accumulator(logits) * options.logit_scale / options.softcap) ** 2)
+    tanh = z * (options.temperature / options.softcap)
+    return tanh.square_().sub_(1).mul_(-slope)
 
 
 def row_stats(
@@ -49,15 +50,17 @@ def row_stats(
     scored = target != options.ignore_index
 
     top = z.amax(-1)
-    away = z - _finite(top).unsqueeze(-1)
-    weights = away.exp()
+    column, inside = _label_column(z, target, first_column)
+    label_logit = torch.where(inside, z.gather(-1, column), -torch.inf).squeeze(-1)
+    total = z.sum(-1) if extras else None
+    weights = z.sub_(_finite(top).unsqueeze(-1)).exp_()
     tile = RowStats(
         logp=torch.empty_like(top),
         max=top,
         sumexp=weights.sum(-1),
-        label_logit=_label_column(z, target, first_column),
-        weighted=torch.where(weights > 0, weights * away, 0).sum(-1) if extras else None,
-        total=z.sum(-1) if extras else None,
+        label_logit=label_logit,
+        weighted=torch.xlogy(weights, weights).sum(-1) if extras else None,
+        total=total,
     )
     if running is not None:
         tile = _merge(RowStats(*(None if x is None else _to_rows(x, options) for x in running)), tile)  # type: ignore
@@ -96,13 +99,13 @@ def row_grad(
     target = labels_of_rows(labels, options)
     logp, top, sumexp, factor = (_to_rows(x, options) for x in (stats.logp, stats.max, stats.sumexp, grad_logps))
     z = transform(logits, options)
-    probs = (z - _finite(top).unsqueeze(-1)).exp() / sumexp.unsqueeze(-1)
-    columns = torch.arange(first_column, first_column + logits.shape[-1], device=logits.device)
-    is_label = columns == target.unsqueeze(-1)
+    slope = transform_derivative(z, options)
+    unit = z.sub_(_finite(top).unsqueeze(-1)).exp_().div_(-sumexp.unsqueeze(-1))
     # 1 - p of the label from its log-probability: exact also where p rounds to 1.
-    unit = torch.where(is_label, -torch.expm1(logp).unsqueeze(-1), -probs)
-    grad = unit * transform_derivative(logits, options) * factor.unsqueeze(-1)
-    grad = torch.where((target != options.ignore_index).unsqueeze(-1), grad, 0)
+    column, inside = _label_column(unit, target, first_column)
+    unit.scatter_(-1, column, torch.where(inside, -torch.expm1(logp).unsqueeze(-1), unit.gather(-1, column)))
+    grad = unit.mul_(factor.unsqueeze(-1) * slope)
+    grad.masked_fill_((target == options.ignore_index).unsqueeze(-1), 0)
     if active is not None:
         active.mask.masked_fill_((grad.abs() > active.threshold).flatten(0, -2).any(0), 1)
     return grad.to(logits.dtype) if out is None else out.copy_(grad)
@@ -113,20 +116,15 @@ def labels_of_rows(labels: Tensor, options: TokenOptions) -> Tensor:
     return _to_rows(labels, options, options.ignore_index)
 
 
-def _accumulator(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _finite(top: Tensor) -> Tensor:
     """A row of nothing but -inf has no finite maximum to subtract: 0 leaves its exponentials at 0."""
     return torch.where(top == -torch.inf, 0, top)
 
 
-def _label_column(z: Tensor, target: Tensor, first_column: int) -> Tensor:
-    column = target - first_column
-    inside = (column >= 0) & (column < z.shape[-1])
-    picked = z.gather(-1, column.clamp(0, z.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-    return torch.where(inside, picked, -torch.inf)
+def _label_column(z: Tensor, target: Tensor, first_column: int) -> tuple[Tensor, Tensor]:
+    """Where each row's label stands in the tile, `[B, T, 1]`, and whether it does."""
+    column = (target - first_column).unsqueeze(-1)
+    return column.clamp(0, z.shape[-1] - 1), (column >= 0) & (column < z.shape[-1])
 
 
 def _merge(a: RowStats, b: RowStats) -> RowStats:

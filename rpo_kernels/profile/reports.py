@@ -124,8 +124,8 @@ def gradient_error(run: dict[str, Any]) -> float:
 def columns_of(entry: dict[str, Any], rates: dict[str, float]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a problem's table, the fastest first, those without a result last with their reason."""
     problem = Problem(**entry["problem"])
-    cost = "GB/s (of copy)" if problem.level == "logits" else "GEMMs"
-    header = ["provider", "eval ms", "fwd ms", "bwd ms", "both ms", "±", cost, "peak", "error"]
+    cost = "GB/s\n(of copy)" if problem.level == "logits" else "GEMMs"
+    header = ["provider", "eval\nms", "fwd\nms", "bwd\nms", "both\nms", "±", cost, "peak", "error"]
     measured = {name: run for name, run in entry["providers"].items() if run["status"] == "ok" and "forward_s" in run}
     lines = []
     for name, run in sorted(measured.items(), key=lambda item: median(step_samples(item[1]))):
