@@ -81,7 +81,7 @@ def memory_plan(
             least: smaller tiles would cost much time for little memory.
         gradient_filter: as in `linear_token_logprobs`; only whether there is one is read.
         device: where the work runs.
-        backend: `"torch"` counts the copy that the plain torch definition makes of a tile, which the other backends do not make.
+        backend: `"torch"` counts the copy of a tile that the torch definition makes and the other backends do not.
 
     Returns:
         `MemoryPlan`.
