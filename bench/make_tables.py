@@ -124,8 +124,7 @@ def _training(data: dict[str, Any]) -> Tables:
 
 def _table(header: list[str], lines: list[list[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
-    header = [name.replace("\n", " ") for name in header]
-    return "".join("| " + " | ".join(row) + " |\n" for row in [header, rule, *lines])
+    return "".join("| " + " | ".join(row).replace("\n", " ") + " |\n" for row in [header, rule, *lines])
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _finite(top: Tensor) -> Tensor:
 
 def _label_column(z: Tensor, target: Tensor, first_column: int) -> tuple[Tensor, Tensor]:
     """Where each row's label stands in the tile, `[B, T, 1]`, and whether it does."""
-    column = (target - first_column).unsqueeze(-1)
+    column = (target.long() - first_column).unsqueeze(-1)
     return column.clamp(0, z.shape[-1] - 1), (column >= 0) & (column < z.shape[-1])
 
 

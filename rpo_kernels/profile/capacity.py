@@ -234,6 +234,6 @@ def memory_lines(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         else:
             continue
         total, known = sum(parts), sum(predicted.values()) if predicted else None
-        shown = f"{format_bytes(known)} ({known / total - 1:+.1%})" if known and run else ""
+        shown = f"{format_bytes(known)}\n({known / total - 1:+.1%})" if known and run else ""
         rows.append((total, [name, *map(format_bytes, [*parts, total]), resident, shown]))
     return header, [line for _, line in sorted(rows, key=lambda row: row[0])]

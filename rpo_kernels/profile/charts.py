@@ -14,6 +14,7 @@ from .timing import median, spread
 _OURS = ("#0b6e4f", "#12a150", "#7bc96f", "#b5d99c")
 _OTHERS = ("#4c566a", "#c8553d", "#d08c3f", "#7b5ea7", "#3f7cac", "#a3485f", "#8a8a8a", "#c0a36e", "#5b8e7d", "#bb6bd9")
 _PARTS = {"parameters": "#4c566a", "activations": "#3f7cac", "gradients": "#d08c3f", "logits and other work": "#c8553d"}
+_ENDS = ("out of memory", "wrong")  # where a line stops, marked as that
 Entry = dict[str, Any]
 
 
@@ -163,7 +164,7 @@ def _sweep(entries: list[Entry], data: dict[str, Any]) -> Any:
     axis = 0 if len({_size(e)[0] for e in entries}) > 1 else 1
     entries = sorted(entries, key=lambda e: _size(e)[axis])
     sizes = [_size(e)[axis] for e in entries]
-    shown = ("ok", "out of memory")
+    shown = ("ok", *_ENDS)
     names = list(dict.fromkeys(n for e in entries for n, r in e["providers"].items() if r["status"] in shown))
     figure, axes = new_figure(1, 2, (11, 4.6))
     colors = color_of(names)
@@ -194,10 +195,10 @@ def _sweep(entries: list[Entry], data: dict[str, Any]) -> Any:
 
 
 def _line(ax: Any, sizes: list[int], values: list[float | None], runs: list[Any], name: str, color: str) -> None:
-    stopped = next((f"{s:,}" for s, run in zip(sizes, runs) if run["status"] == "out of memory"), None)
-    label = name + (f"\n(out of memory at {stopped})" if stopped else "")
+    stopped = next((f"{run['status']} at {s:,}" for s, run in zip(sizes, runs) if run["status"] in _ENDS), None)
+    label = name + (f"\n({stopped})" if stopped else "")
     width = 2.2 if name.startswith("rpo_kernels") else 1.2
-    known = [(s, v) for s, v in zip(sizes, values) if v is not None]
+    known = [(s, v) for s, v, run in zip(sizes, values, runs) if v is not None and run["status"] not in _ENDS]
     ax.plot(*(zip(*known) if known else ([], [])), marker="o", ms=3.5, linewidth=width, color=color, label=label)
     if stopped and known:
         ax.plot(*known[-1], marker="x", markersize=11, markeredgewidth=2, color=color)

@@ -157,11 +157,12 @@ def reasons(entry: dict[str, Any]) -> list[str]:
 
 def print_table(console: Console, title: str, header: list[str], lines: list[list[str]], notes: list[str]) -> None:
     """One table with its notes below."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
     for line in lines:
         table.add_row(*line)
+    console.print()
     console.print(table)
     for note in notes:
         console.print(f"  [dim]{note}[/dim]", highlight=False)
