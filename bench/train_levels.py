@@ -83,8 +83,8 @@ def draw(data: dict[str, Any], folder: Path, name: str) -> list[Path]:
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     loss, accuracy, eval_loss, memory = figure.subplots(2, 2).flat
     styles = [("#c8553d", "-", 4.0, 0.35), ("#0b6e4f", "-", 1.8, 1.0), ("#3f7cac", "--", 1.8, 1.0)]
-    for (name, run), (color, line, width, alpha) in zip(data["runs"].items(), styles):
-        style = dict(color=color, linestyle=line, linewidth=width, alpha=alpha, label=name)
+    for (level, run), (color, line, width, alpha) in zip(data["runs"].items(), styles):
+        style = dict(color=color, linestyle=line, linewidth=width, alpha=alpha, label=level)
         loss.plot(range(1, len(losses(run)) + 1), losses(run), **style)
         accuracy.plot(*zip(*held_out(run, "accuracy")), marker="o", **style)
         eval_loss.plot(*zip(*held_out(run, "loss")), marker="o", **style)
