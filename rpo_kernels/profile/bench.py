@@ -149,7 +149,7 @@ def run_bench(
     path = result_path(args, machine)
     data = _start(path, machine, args.resume)
     entries = [_entry(data, problem) for problem in problems]
-    data["rates"] = data.get("rates") or measure_bandwidth(args.device)
+    _update_rates(data, args.device)
     waiting = [(p, e) for p, e in zip(problems, entries) if not e.get("done")]
     # On a CPU a provider's process measures all problems; on a GPU each problem is finished before the next.
     batches = [waiting] if args.device == "cpu" else [[pair] for pair in waiting]
@@ -168,10 +168,17 @@ def run_bench(
             for problem, entry in batch:
                 progress.update(task, description=f"time: {problem.title}")
                 _measure_time(problem, entry, chosen[problem.level], args.seconds)
+                _update_rates(data, args.device)
                 entry["done"] = True
                 progress.advance(task)
                 save_json(data, path)
     return data
+
+
+def _update_rates(data: dict[str, Any], device: str) -> None:
+    """Measured again beside every problem, the best kept: on a busy machine one moment says little."""
+    known = data.get("rates", {})
+    data["rates"] = {name: max(rate, known.get(name, 0.0)) for name, rate in measure_bandwidth(device).items()}
 
 
 @contextmanager

@@ -181,6 +181,7 @@ def print_bench(console: Console, data: dict[str, Any]) -> None:
         print_table(console, entry["title"], *columns_of(entry, rates), notes)
     console.print(
         "  eval: loss without gradients; fwd, bwd, both: a training pass, medians; ±: half the distance of quartiles;\n"
+        "  copy: torch's copy from tensor to tensor, which work in place may outrun;\n"
         "  GEMMs: both, in head GEMMs; peak: memory beyond the inputs; error: of gradients, relative, against float64.",
         highlight=False,
     )
