@@ -25,12 +25,11 @@ from rich.table import Table
 from rpo_kernels import MemoryPlan, linear_token_logprobs, memory_plan
 from rpo_kernels.profile.memory import measure_peaks
 from rpo_kernels.profile.problem import Inputs, Problem, find_truth
-from rpo_kernels.profile.providers import Provider, Run, Unavailable, providers
+from rpo_kernels.profile.providers import BUDGETS, Provider, Run, Unavailable, providers
 from rpo_kernels.profile.reports import describe_machine, format_bytes, save_json
 
-OURS = "rpo_kernels"
+OURS, BUDGET = BUDGETS
 FILTER = "rpo_kernels filter 2^-16"
-BUDGET = "rpo_kernels 64MB budget"
 IDLE_FILTER = "rpo_kernels filter that drops nothing"
 PEERS = ["eager torch", "TRL chunked log-probs", "Liger fused linear DPO", "cut-cross-entropy torch_compile"]
 GEMMS = {"head GEMM, float32": torch.float32, "head GEMM, bfloat16": torch.bfloat16}
@@ -207,10 +206,9 @@ def measure_memory(bench: Bench) -> None:
     table = Table("", "peak", "planned", title=f"peak memory beyond the inputs: {problem.title}", title_justify="left")
     for provider in bench.chosen():
         (result,) = measure_peaks(provider, [problem], None)
-        budget = {OURS: None, BUDGET: "64MB"}
-        if provider.name in budget:
+        if provider.name in BUDGETS:
             planned: MemoryPlan = memory_plan(
-                problem.rows, problem.hidden, problem.vocab, memory_budget=budget[provider.name]
+                problem.rows, problem.hidden, problem.vocab, memory_budget=BUDGETS[provider.name]
             )
             result["planned_bytes"] = planned.peak_bytes + planned.gradient_bytes
         bench.report.setdefault("memory", {})[provider.name] = result

@@ -15,7 +15,7 @@ from .charts import draw_memory
 from .memory import failure, measure_peaks
 from .models import MODELS, Model, find_model
 from .problem import Problem
-from .providers import providers
+from .providers import BUDGETS, providers
 from .reports import describe_machine, device_slug, format_bytes, print_table, save_json
 from .timing import DeviceLost
 
@@ -23,7 +23,6 @@ from .timing import DeviceLost
 # (half-precision weights and gradients; float32 weights and two moments).
 _BYTES_PER_PARAMETER = {"lora": 2, "full": 16}
 _EAGER = "eager torch"
-_BUDGETS = {"rpo_kernels": None, "rpo_kernels 64MB budget": "64MB"}  # of the providers whose memory is planned
 
 
 class Prediction(NamedTuple):
@@ -199,7 +198,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def memory_data(problem: Problem, machine: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     """What is saved: measurements, and predictions for the providers that have one."""
-    predicted = {_EAGER: predict_eager(problem), **{name: predict(problem, b) for name, b in _BUDGETS.items()}}
+    predicted = {_EAGER: predict_eager(problem), **{name: predict(problem, b) for name, b in BUDGETS.items()}}
     return {
         "kind": "memory",
         "machine": machine,

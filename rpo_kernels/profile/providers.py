@@ -10,6 +10,7 @@ A provider is added by one function that imports what it needs and returns `run(
 It raises `Unavailable` where it cannot do a problem; a missing package is found by the registry.
 """
 
+import functools
 import importlib.metadata
 import math
 from collections.abc import Callable
@@ -169,14 +170,10 @@ def _(problem: Problem) -> Run:
     return _logits_level(problem, backend="torch")
 
 
-@provider("rpo_kernels", "head")
-def _(problem: Problem) -> Run:
-    return _head_level(problem)
-
-
-@provider("rpo_kernels 64MB budget", "head")
-def _(problem: Problem) -> Run:
-    return _head_level(problem, memory_budget="64MB")
+# The exact head level by name, with its `memory_budget`: what `memory_plan` predicts.
+BUDGETS = {"rpo_kernels": None, "rpo_kernels 64MB budget": "64MB"}
+for _name, _budget in BUDGETS.items():
+    provider(_name, "head")(functools.partial(_head_level, memory_budget=_budget))
 
 
 @provider("rpo_kernels filter 2^-16", "head", approximate=True)
