@@ -12,13 +12,14 @@ class Command(NamedTuple):
     module: str
     extra: str | None
     summary: str
+    resumes: bool = False  # whether `--resume` goes on from what an interrupted call has saved
 
 
 COMMANDS = {
     "train": Command(
-        "rpo_kernels.train.run", "train", "train a model on preference data (no arguments: a demonstration)"
+        "rpo_kernels.train.run", "train", "train a model on preference data (no arguments: a demonstration)", True
     ),
-    "bench": Command("rpo_kernels.profile.bench", "bench", "time, memory and error beside other libraries"),
+    "bench": Command("rpo_kernels.profile.bench", "bench", "time, memory and error beside other libraries", True),
     "memory": Command("rpo_kernels.profile.capacity", "bench", "memory of the loss layer, and what fits a card"),
     "info": Command("rpo_kernels.info", None, "show the version and which backends are live"),
 }
@@ -43,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         install = f'pip install "rpo-kernels[{command.extra}]"'
         print(f"rpo-kernels {name} needs the package {error.name!r}: {install}", file=sys.stderr)
         return 1
-    return module.main(rest)
+    try:
+        return module.main(rest)
+    except KeyboardInterrupt:
+        hint = "; --resume goes on from what was saved" if command.resumes else ""
+        print(f"rpo-kernels {name}: interrupted{hint}", file=sys.stderr)
+        return 130
 
 
 def _help() -> str:

@@ -153,6 +153,7 @@ def _forward(
         positions=labels.numel(),
         memory_budget=budget,
         gradient_filter=gradient_filter,
+        softcap=softcap,
         device=hidden.device,
         backend=head.backend_name,
     )

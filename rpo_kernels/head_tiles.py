@@ -19,7 +19,6 @@ from torch import Tensor
 from . import products
 from .kernels import dispatch
 from .kernels.contract import ActiveColumns, RowStats, TokenOptions
-from .kernels.definition import transform_derivative
 from .plan import DENSE_SHARE, EDGE, MemoryPlan, operand_dtype
 
 
@@ -306,7 +305,7 @@ class _Chunk:
         log_scale.copy_(all_scales[: len(log_scale)])
         column = self.labels.clamp(0, len(self.head.weight) - 1)
         label_scale = all_scales.gather(0, (column // self.schedule.sizes[3])[None])[0]
-        gain = -torch.expm1(label_scale) * transform_derivative(self.running.label_logit[0], self.head.options)
+        gain = -torch.expm1(label_scale) * _slope(self.running.label_logit[0], self.head.options)
         gain = torch.where(column == self.labels, gain, 0)  # a label out of range has no column
         if self.gradient is not None:
             rows = self.head.weight.index_select(0, column).to(self.gradient.dtype)
@@ -519,3 +518,11 @@ def _defined(stats: RowStats) -> RowStats:
     return stats._replace(
         logp=torch.where(nothing, -torch.inf, stats.logp), sumexp=torch.where(nothing, 1, stats.sumexp)
     )
+
+
+def _slope(label_logit: Tensor, options: TokenOptions) -> Tensor | float:
+    """`dz/dx` at a transformed logit z."""
+    slope = options.logit_scale / options.temperature
+    if options.softcap is None:
+        return slope
+    return slope * (1 - (label_logit * options.temperature / options.softcap) ** 2).clamp(min=0)

@@ -94,11 +94,8 @@ def rpo_loss(
     if ref_logits is not None:
         if ref_logps is not None:
             raise ValueError("give ref_logps or ref_logits, not both")
-        if ref_logits.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"ref_logits must have the labels' shape and a vocabulary, {[*labels.shape, 'V']}; "
-                f"got {list(ref_logits.shape)}"
-            )
+        if ref_logits.shape != logits.shape:
+            raise ValueError(f"ref_logits must be {list(logits.shape)} as logits are; got {list(ref_logits.shape)}")
         with torch.no_grad():
             ref_logps = token_logprobs(ref_logits, batch.labels, **options)
     return batch.loss(logps, ref_logps, backend)
@@ -203,8 +200,8 @@ class PreferenceBatch(NamedTuple):
         shift: bool,
     ) -> "PreferenceBatch":
         """Build from the arguments of `rpo_loss`; ValueError names the one that does not fit."""
-        if not callable(objective):
-            raise ValueError(f"objective must be an RPO or a callable, got {objective!r}")
+        if isinstance(objective, type) or not callable(objective):
+            raise ValueError(f"objective must be an RPO or a function of [G, K] tensors, got {objective!r}")
         segments = find_segments(labels, cu_seqlens)
         groups = find_groups(segments.count, num_responses, layout, group_ids, labels.device)
         if groups.count == 0:
@@ -244,6 +241,10 @@ class PreferenceBatch(NamedTuple):
         groups = self.groups
         rewards = groups.gather(self.rewards.to(logps.dtype))
         group_losses = self.objective(groups.gather(log_ratios), rewards, groups.present)
+        if group_losses.shape != (groups.count,):
+            raise ValueError(
+                f"objective must return a loss for each of the {groups.count} groups; got {list(group_losses.shape)}"
+            )
         implicit = getattr(self.objective, "beta", 1.0) * log_ratios.detach()
         accuracy, margin = agreement(groups.gather(implicit), rewards, groups.present)
         return RPOOutput(group_losses.mean(), group_losses, logps, ref_logps, implicit, accuracy, margin)
@@ -272,6 +273,8 @@ class PreferenceBatch(NamedTuple):
             raise ValueError("the objective is reference-free: give neither ref_logps nor a reference model's output")
         if reference_free:
             return None
+        if ref_logps is not None:
+            _check_tensor("ref_logps", ref_logps)
         per_sequence, per_token = [self.segments.count], list(self.labels.shape)
         if ref_logps is None:
             raise ValueError(
@@ -287,7 +290,13 @@ class PreferenceBatch(NamedTuple):
         return ref_logps.detach()
 
 
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def _check_token_weights(token_weights: Tensor, labels: Tensor) -> None:
+    _check_tensor("token_weights", token_weights)
     if token_weights.shape != labels.shape:
         raise ValueError(
             f"token_weights must have the labels' shape {list(labels.shape)}; got {list(token_weights.shape)}"
@@ -297,6 +306,7 @@ def _check_token_weights(token_weights: Tensor, labels: Tensor) -> None:
 
 
 def _check_rewards(rewards: Tensor, count: int, device: torch.device) -> None:
+    _check_tensor("rewards", rewards)
     if rewards.shape != (count,):
         raise ValueError(f"rewards must be one number for each of the {count} sequences; got {list(rewards.shape)}")
     if rewards.device != device:

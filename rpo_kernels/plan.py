@@ -65,6 +65,7 @@ def memory_plan(
     positions: int | None = None,
     memory_budget: int | str | None = None,
     gradient_filter: float | None = None,
+    softcap: float | None = None,
     device: torch.device | str = "cpu",
     backend: str | None = None,
 ) -> MemoryPlan:
@@ -79,9 +80,9 @@ def memory_plan(
         memory_budget: bytes, `"512MB"` (10^6), `"1GiB"` (2^30), or None for a quarter of the device's free memory. It
             bounds `peak_bytes`. A budget below the least that the work needs gives a plan within an eighth of that
             least: smaller tiles would cost much time for little memory.
-        gradient_filter: as in `linear_token_logprobs`; only whether there is one is read.
+        gradient_filter, softcap: as in `linear_token_logprobs`; only whether there is one is read.
         device: where the work runs.
-        backend: `"torch"` counts the copy of a tile that the torch definition makes and the other backends do not.
+        backend: `"torch"` counts the copies of a tile that the torch definition makes and the other backends do not.
 
     Returns:
         `MemoryPlan`.
@@ -93,8 +94,8 @@ def memory_plan(
     for name, size, least in (("rows", rows, 0), ("hidden", hidden, 1), ("vocab", vocab, 1)):
         if size < least:
             raise ValueError(f"{name} must be at least {least}, got {size}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be floating point, got {dtype}")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     budget = parse_budget(memory_budget, device)
     work = _Work(
         rows=rows,
@@ -107,6 +108,7 @@ def memory_plan(
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
         filtered=gradient_filter is not None,
+        capped=softcap is not None,
         defined=backend == "torch",
     )
     chunk, tile = _shape(work, budget, device.type)
@@ -193,6 +195,7 @@ class _Work:
     needs_hidden: bool
     needs_weight: bool
     filtered: bool
+    capped: bool
     defined: bool
 
     def peak_bytes(self, chunk: int, tile: int, kept: int) -> int:
@@ -272,8 +275,9 @@ class _Work:
         return max(math.ceil(gathered) + 16 * columns, definition)
 
     def _definition_bytes(self, chunk: int, tile: int) -> int:
-        """The definition's own copy of a tile; a filter looks at the gradient's magnitude beside it."""
-        return chunk * self._columns(tile) * (self.exact + self.filtered * (self.exact + 1)) * self.defined
+        """The definition's own copy of a tile, and beside it a softcap's slope or the magnitude a filter looks at."""
+        beside = max(self.exact * self.capped, (self.exact + 1) * self.filtered)
+        return chunk * self._columns(tile) * (self.exact + beside) * self.defined
 
 
 def _shape(work: _Work, budget: int, device_type: str) -> tuple[int, int]:

@@ -35,6 +35,15 @@ def test_info(capsys):
     assert "torch" in text and torch.__version__ in text and "native" in text and "triton" in text
 
 
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rpo_kernels.train.run.main", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "rpo-kernels train: interrupted; --resume goes on from what was saved\n"
+
+
 def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -103,7 +112,8 @@ def history(path, key="loss"):
 
 
 def test_own_model_and_data_interrupted_and_resumed(config, tmp_path, capsys):
-    assert main(["train", str(config)]) == 0
+    assert main(["train", str(config), "--resume"]) == 0
+    assert "out holds no checkpoint (--save-steps): starting from the beginning" in capsys.readouterr().out
     whole = history(tmp_path / "out")
     assert len(whole) == 4
     # A run stopped after two steps, then resumed: save_steps made a checkpoint there.

@@ -294,12 +294,17 @@ BAD = {
     "group_ids must be one-dimensional": lambda a: a.update(group_ids=torch.zeros(6, 1, dtype=torch.int64)),
     "token_weights must have": lambda a: a.update(token_weights=torch.ones(6)),
     "token_weights must be on": lambda a: a.update(token_weights=torch.ones(a["labels"].shape, device="meta")),
-    "ref_logits must have": lambda a: a.update(ref_logps=None, ref_logits=a["logits"][:-1]),
+    "ref_logits must be": lambda a: a.update(ref_logps=None, ref_logits=a["logits"][..., :-1]),
     "ref_logps must be given": lambda a: a.update(ref_logps=None),
     "ref_logps must be sums": lambda a: a.update(ref_logps=torch.zeros(6, 6)),
     "ref_logps or ref_logits": lambda a: a.update(ref_logits=a["logits"]),
     "reference-free": lambda a: a.update(objective=SimPO()),
     "objective must be": lambda a: a.update(objective="dpo"),
+    "objective must be an RPO or": lambda a: a.update(objective=RPO),
+    "objective must return a loss for each": lambda a: a.update(objective=lambda ratios, rewards, _: ratios.sum()),
+    "rewards must be a tensor, got list": lambda a: a.update(rewards=a["rewards"].tolist()),
+    "ref_logps must be a tensor, got list": lambda a: a.update(ref_logps=a["ref_logps"].tolist()),
+    "token_weights must be a tensor, got list": lambda a: a.update(token_weights=[1.0]),
     "where cu_seqlens is given": lambda a: a.update(cu_seqlens=torch.tensor([0, 7])),
     "labels must hold at least one": lambda a: a.update(
         logits=a["logits"][:0], labels=a["labels"][:0], rewards=a["rewards"][:0], ref_logps=None

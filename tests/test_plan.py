@@ -50,8 +50,9 @@ def test_a_containers_limit_counts(tmp_path):
 def test_sizes_that_do_not_fit(sizes):
     with pytest.raises(ValueError, match="must be at least"):
         memory_plan(*sizes)
-    with pytest.raises(ValueError, match="dtype"):
-        memory_plan(4, 4, 4, torch.int64)
+    for dtype in (torch.int64, "bfloat16"):
+        with pytest.raises(ValueError, match="dtype"):
+            memory_plan(4, 4, 4, dtype)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -105,7 +106,7 @@ BUDGETS = pytest.mark.parametrize("budget", [0, "20MB"])
 NEEDS = pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)], ids=["hidden", "weight", "both"])
 
 
-def predicted_and_measured(rows, positions, hidden, vocab, dtype, needs, budget, backend):
+def predicted_and_measured(rows, positions, hidden, vocab, dtype, needs, budget, backend, softcap=None):
     """The plan, and the peak bytes of a step beyond inputs, result and gradients."""
     inputs = [
         torch.randn(positions, hidden).to(dtype).requires_grad_(needs[0]),
@@ -122,12 +123,13 @@ def predicted_and_measured(rows, positions, hidden, vocab, dtype, needs, budget,
         needs_weight=needs[1],
         positions=positions,
         memory_budget=budget,
+        softcap=softcap,
         backend=backend,
     )
     assert (chosen.kept_tiles == 0) == (budget == 0 or not needs[1])
 
     logps, forward, held = peak_of(
-        lambda: linear_token_logprobs(*inputs, labels, memory_budget=budget, backend=backend)
+        lambda: linear_token_logprobs(*inputs, labels, softcap=softcap, memory_budget=budget, backend=backend)
     )
     wanted = [x for x in inputs if x.requires_grad]
     _, backward, _ = peak_of(lambda: torch.autograd.grad(logps, wanted, torch.ones_like(logps)))
@@ -150,6 +152,14 @@ def test_predicted_peak_against_counted_allocations(
 ):
     live_backend(backend)
     chosen, measured = predicted_and_measured(rows, positions, hidden, vocab, dtype, needs, budget, backend)
+    assert measured <= chosen.peak_bytes <= 1.1 * measured
+
+
+@BUDGETS
+@NEEDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_predicted_peak_with_a_softcap(needs, budget, dtype):
+    chosen, measured = predicted_and_measured(300, 400, 64, 9000, dtype, needs, budget, "torch", softcap=30.0)
     assert measured <= chosen.peak_bytes <= 1.1 * measured
 
 

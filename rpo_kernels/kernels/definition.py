@@ -17,15 +17,6 @@ def transform(logits: Tensor, options: TokenOptions) -> Tensor:
     return z.mul_(options.logit_scale / options.softcap).tanh_().mul_(options.softcap / options.temperature)
 
 
-def transform_derivative(z: Tensor, options: TokenOptions) -> Tensor | float:
-    """`dz/dx` where the transform gave `z`, elementwise."""
-    slope = options.logit_scale / options.temperature
-    if options.softcap is None:
-        return slope
-    tanh = z * (options.temperature / options.softcap)
-    return tanh.square_().sub_(1).mul_(-slope)
-
-
 def row_stats(
     logits: Tensor,
     labels: Tensor,
@@ -99,12 +90,13 @@ def row_grad(
     target = labels_of_rows(labels, options)
     logp, top, sumexp, factor = (_to_rows(x, options) for x in (stats.logp, stats.max, stats.sumexp, grad_logps))
     z = transform(logits, options)
-    slope = transform_derivative(z, options)
     unit = z.sub_(_finite(top).unsqueeze(-1)).exp_().div_(-sumexp.unsqueeze(-1))
     # 1 - p of the label from its log-probability: exact also where p rounds to 1.
     column, inside = _label_column(unit, target, first_column)
     unit.scatter_(-1, column, torch.where(inside, -torch.expm1(logp).unsqueeze(-1), unit.gather(-1, column)))
-    grad = unit.mul_(factor.unsqueeze(-1) * slope)
+    grad = unit.mul_(factor.to(z.dtype).unsqueeze(-1) * (options.logit_scale / options.temperature))
+    if options.softcap is not None:
+        grad.mul_(_softcap_slope(logits, options.logit_scale / options.softcap))
     grad.masked_fill_((target == options.ignore_index).unsqueeze(-1), 0)
     if active is not None:
         active.mask.masked_fill_((grad.abs() > active.threshold).flatten(0, -2).any(0), 1)
@@ -114,6 +106,12 @@ def row_grad(
 def labels_of_rows(labels: Tensor, options: TokenOptions) -> Tensor:
     """The label that each row of logits predicts: labels moved one to the left if `options.shift`."""
     return _to_rows(labels, options, options.ignore_index)
+
+
+def _softcap_slope(logits: Tensor, scale: float) -> Tensor:
+    """`1 - tanh(u)^2 = 1 / cosh(u)^2` at `u = scale * logits`: exact also where tanh rounds to 1."""
+    u = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).mul_(scale)
+    return u.cosh_().square_().reciprocal_()
 
 
 def _finite(top: Tensor) -> Tensor:

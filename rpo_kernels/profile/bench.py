@@ -138,7 +138,7 @@ def list_providers(console: Console, device: str) -> None:
     for level in ("logits", "head"):
         for p in providers(level):
             state = p.why_not(device) or f"{p.package or 'torch'} {p.version or torch.__version__}"
-            console.print(f"  {level:<7}{p.name:<31}{state}", highlight=False, soft_wrap=True)
+            console.print(f"  {level:<7}{p.name:<33}{state}", highlight=False, soft_wrap=True)
 
 
 def run_bench(

@@ -174,10 +174,16 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="rpo-kernels memory", description=__doc__)
-    parser.add_argument("--model", default="llama-3.1-8b" if on_gpu else "qwen2.5-0.5b", help=", ".join(MODELS))
+    parser.add_argument(
+        "--model",
+        default="llama-3.1-8b" if on_gpu else "qwen2.5-0.5b",
+        help=f"one of {', '.join(MODELS)} (default %(default)s)",
+    )
     parser.add_argument("--prompts", type=int, default=1, help="prompts a step (default 1)")
     parser.add_argument("--responses", type=int, default=2, metavar="K", help="responses a prompt (default 2)")
-    parser.add_argument("--length", type=int, default=2048 if on_gpu else 32, help="tokens a response")
+    parser.add_argument(
+        "--length", type=int, default=2048 if on_gpu else 32, help="tokens a response (default %(default)s)"
+    )
     parser.add_argument("--frozen", action="store_true", help="the LM head needs no gradient (LoRA)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -64,8 +65,9 @@ def draw_memory(data: dict[str, Any], folder: Path, name: str) -> list[Path]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    for suffix in (".svg", ".png"):
-        figure.savefig(path.with_suffix(suffix), dpi=150, bbox_inches="tight")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with rc_context({"svg.hashsalt": "rpo_kernels"}):  # the same figure, the same file
+        figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
     return path
 
 
@@ -195,12 +197,12 @@ def _sweep(entries: list[Entry], data: dict[str, Any]) -> Any:
 
 
 def _line(ax: Any, sizes: list[int], values: list[float | None], runs: list[Any], name: str, color: str) -> None:
-    stopped = next((f"{run['status']} at {s:,}" for s, run in zip(sizes, runs) if run["status"] in _ENDS), None)
-    label = name + (f"\n({stopped})" if stopped else "")
+    end = next((i for i, run in enumerate(runs) if run["status"] in _ENDS), None)
+    label = name if end is None else f"{name}\n({runs[end]['status']} at {sizes[end]:,})"
     width = 2.2 if name.startswith("rpo_kernels") else 1.2
-    known = [(s, v) for s, v, run in zip(sizes, values, runs) if v is not None and run["status"] not in _ENDS]
+    known = [(s, v) for s, v in zip(sizes[:end], values[:end]) if v is not None]
     ax.plot(*(zip(*known) if known else ([], [])), marker="o", ms=3.5, linewidth=width, color=color, label=label)
-    if stopped and known:
+    if end is not None and known:
         ax.plot(*known[-1], marker="x", markersize=11, markeredgewidth=2, color=color)
 
 

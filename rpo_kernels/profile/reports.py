@@ -122,7 +122,7 @@ def gradient_error(run: dict[str, Any]) -> float:
 
 
 def columns_of(entry: dict[str, Any], rates: dict[str, float]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a problem's table, the fastest first, those without a result last with their reason."""
+    """Header and rows of a problem's table, the fastest first; `reasons` has the others."""
     problem = Problem(**entry["problem"])
     cost = "GB/s\n(of copy)" if problem.level == "logits" else "GEMMs"
     header = ["provider", "eval\nms", "fwd\nms", "bwd\nms", "both\nms", "±", cost, "peak", "error"]

@@ -79,6 +79,8 @@ def _checkpoint(settings: Settings) -> str | None:
             f"{args.output_dir} holds checkpoints of an earlier run: "
             "continue it with --resume, or choose another --output-dir"
         )
+    if settings.run.resume and not last and args.process_index == 0:
+        print(f"{args.output_dir} holds no checkpoint (--save-steps): starting from the beginning", flush=True)
     return args.resume_from_checkpoint or last
 
 
