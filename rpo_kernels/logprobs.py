@@ -38,7 +38,9 @@ def token_logprobs(
 
     Returns:
         Natural log-probabilities of the labels' shape, float32 (float64 for float64 logits); 0 where not scored.
-        Differentiable once in `logits`.
+        Differentiable once in `logits`. Beyond 1e9 in size, a step of float32 outweighs a whole softmax: where all of
+        a row's logits lie there and `logit_scale / temperature` is not a power of two, its gradients (with
+        `"native"` also its value) may be infinite or NaN.
 
     Raises:
         ValueError: for shapes, dtypes, devices or options that do not fit. Labels out of range raise on the CPU; on an
