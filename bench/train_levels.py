@@ -3,7 +3,7 @@
     python bench/train_levels.py --model DIR --train-data train.jsonl --eval-data test.jsonl
     python bench/train_levels.py ... --steps 4 --max-length 64 --train-groups 8 --eval-groups 4
 
-Each is a process of its own: `rpo-kernels train`, its peak resident memory and its time. Losses, held-out accuracy and
+Each is a process of its own: `rpo-kernels train`, its peak resident memory. Losses, held-out accuracy and
 memory go to one JSON file and one picture. A run that was interrupted is continued by the next call with the same
 arguments, which skips what is done.
 """
@@ -112,12 +112,12 @@ def draw(data: dict[str, Any], folder: Path, name: str) -> list[Path]:
 def compare(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table in the README: each run, and how far its losses are from the first one's."""
     first = losses(next(iter(data["runs"].values())))
-    header = ["", "peak memory", "largest difference in loss", "held-out loss", "held-out accuracy", "minutes"]
+    header = ["", "peak memory", "largest difference in loss", "held-out loss", "held-out accuracy"]
     rows = []
     for name, run in data["runs"].items():
         apart = max(abs(a - b) for a, b in zip(losses(run), first, strict=True))
         change = [f"{run['before'][key]:.3f} → {run['after'][key]:.3f}" for key in ("eval_loss", "eval_accuracy")]
-        rows.append([name, format_bytes(run["peak_bytes"]), f"{apart:.1e}", *change, f"{run['seconds'] / 60:.0f}"])
+        rows.append([name, format_bytes(run["peak_bytes"]), f"{apart:.1e}", *change])
     return header, rows
 
 
