@@ -2,16 +2,17 @@
 
     python bench/head.py                                       # on random hidden states
     python bench/head.py --model DIR --data pairs.jsonl        # the filter and the errors on a real model's
-    python bench/head.py --vocab 32768 --peers none --parts time sweep
+    python bench/head.py --vocab 32768 --peer-rounds 0 --parts time sweep
 
-Every round runs everything once, in turn, one plain head GEMM included, so that a machine that slows down slows all.
-The fastest of the rounds is compared: what else runs on a machine only adds time. All samples go to the JSON file.
+Every round runs everything once, in turn, one plain head GEMM included, so that a machine that slows down slows all;
+peers, being slow, take part in the first rounds only. Medians are compared. All samples go to the JSON file.
 """
 
 import argparse
 import functools
 import itertools
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,7 @@ class Bench:
         )
 
     def chosen(self) -> list[Provider]:
-        wanted = {OURS, BUDGET, FILTER, *(PEERS if self.args.peers != "none" else [])}
+        wanted = {OURS, BUDGET, FILTER, *(PEERS if self.args.peer_rounds else [])}
         return [p for p in providers("head") if p.name in wanted]
 
     def save(self) -> None:
@@ -113,14 +114,12 @@ def step_with_idle_filter(inputs: Inputs) -> None:
     torch.autograd.grad(inputs.loss(logps)[0], list(inputs.leaves.values()))
 
 
-def sample(
-    functions: dict[str, Callable[[], Any]], rounds: int, once: set[str] = frozenset()
-) -> dict[str, list[float]]:
-    """Seconds of each round after the first, which compiles; `once`: these take part in one round only."""
+def sample(functions: dict[str, Callable[[], Any]], rounds: int, peer_rounds: int = 0) -> dict[str, list[float]]:
+    """Seconds of each round after the first, which compiles."""
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for number in track(range(rounds + 1), "rounds", transient=True):
         for name, function in functions.items():
-            if number > 1 and name in once:
+            if name in PEERS and number > peer_rounds:
                 continue
             start = time.perf_counter()
             function()
@@ -147,8 +146,7 @@ def measure_time(bench: Bench) -> None:
         runs, missing = load(bench, problem)
         timed = {name: functools.partial(step, run, inputs) for name, run in runs.items()}
         timed[IDLE_FILTER] = functools.partial(step_with_idle_filter, inputs)
-        slow = {name for name in runs if name in PEERS} if bench.args.peers == "once" else set()
-        samples = sample({**gemms_of(inputs), **timed}, bench.args.rounds, slow)
+        samples = sample({**gemms_of(inputs), **timed}, bench.args.rounds, bench.args.peer_rounds)
         bench.report.setdefault("time", []).append(
             {"title": problem.title, "rows": problem.rows, "frozen": frozen, "seconds": samples, "missing": missing}
         )
@@ -157,11 +155,13 @@ def measure_time(bench: Bench) -> None:
 
 
 def show_time(console: Console, title: str, samples: dict[str, list[float]], missing: dict[str, str]) -> None:
-    best = {name: min(values) for name, values in samples.items() if values}
-    unit = min(best[name] for name in GEMMS)
-    table = Table("", "fastest s", "samples", "head GEMMs", title=f"{title} (forward + backward)", title_justify="left")
-    for name, seconds in best.items():
-        table.add_row(name, f"{seconds:.3f}", str(len(samples[name])), f"{seconds / unit:.2f}")
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    unit = min(medians[name] for name in GEMMS)
+    header = ["", "median s", "fastest", "slowest", "samples", "head GEMMs"]
+    table = Table(*header, title=f"{title} (forward + backward)", title_justify="left")
+    for name, values in samples.items():
+        seconds = (f"{x:.2f}" for x in (medians[name], min(values), max(values)))
+        table.add_row(name, *seconds, str(len(values)), f"{medians[name] / unit:.2f}")
     console.print(table, *(f"{name} does not run here: {reason}" for name, reason in missing.items()), sep="\n")
 
 
@@ -176,9 +176,8 @@ def measure_sweep(bench: Bench) -> None:
         (gemm, multiply), *_ = gemms_of(inputs).items()
         samples = sample({gemm: multiply, **timed}, max(1, bench.args.rounds // 2))
         bench.report.setdefault("sweep", []).append({"rows": rows, "seconds": samples})
-        unit = min(samples[gemm])
-        cells = (f"{min(samples[x]):.2f}  {min(samples[x]) / unit:.2f}" for x in (OURS, FILTER))
-        table.add_row(str(rows), f"{unit:.2f}", *cells)
+        unit, *ours = (statistics.median(samples[x]) for x in (gemm, OURS, FILTER))
+        table.add_row(str(rows), f"{unit:.2f}", *(f"{seconds:.2f}  {seconds / unit:.2f}" for seconds in ours))
         bench.save()
     bench.console.print(table)
 
@@ -229,11 +228,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=262144)
     parser.add_argument("--hidden", type=int, default=640)
     parser.add_argument("--length", type=int, default=1000, help="tokens a response in the precision part")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds; half of them in the sweep")
+    parser.add_argument("--peer-rounds", type=int, default=3, help="how many of them peers take part in")
     parser.add_argument("--sweep", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192])
-    parser.add_argument(
-        "--peers", choices=["all", "once", "none"], default="once", help="once: one timed round of them"
-    )
     parser.add_argument("--parts", choices=list(PARTS), nargs="+", default=list(PARTS))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cpu-head.json")
     args = parser.parse_args()

@@ -9,6 +9,7 @@ keeps the tables (`tables`) or the charts (`charts`) only.
 
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,31 +80,35 @@ def _memory(data: dict[str, Any]) -> Tables:
 
 
 def _native(data: dict[str, Any]) -> Tables:
-    """`bench/native.py`: the fastest rounds, as ratios."""
+    """`bench/native.py`: ratios of medians."""
     header, lines = ["logits"], []
     for case in data["cases"]:
         rows = case["shape"][0] * case["shape"][1]
         ratios = {re.sub(r" \(.*?\)", "", name): ratio for name, ratio in case["ratios"].items()}
         header = ["logits", *ratios]
         lines.append([f"{rows} x {case['shape'][2]} {case['dtype']}", *(f"{ratio:.2f}" for ratio in ratios.values())])
-    yield "Ratios of the fastest rounds", header, lines, []
+    yield "Ratios of medians", header, lines, []
 
 
 def _head(data: dict[str, Any]) -> Tables:
-    """`bench/head.py`: the fastest rounds, in head GEMMs; memory; errors."""
+    """`bench/head.py`: medians in head GEMMs; memory; errors."""
     for part in data.get("time", []):
-        best = {name: min(samples) for name, samples in part["seconds"].items() if samples}
-        unit = min(seconds for name, seconds in best.items() if name.startswith("head GEMM"))
-        lines = [[name, f"{seconds:.3g}", f"{seconds / unit:.2f}"] for name, seconds in best.items()]
+        medians = {name: statistics.median(samples) for name, samples in part["seconds"].items()}
+        unit = min(seconds for name, seconds in medians.items() if name.startswith("head GEMM"))
+        lines = []
+        for name, samples in part["seconds"].items():
+            extent = f"{min(samples):.3g} - {max(samples):.3g} ({len(samples)})"
+            lines.append([name, f"{medians[name]:.3g}", extent, f"{medians[name] / unit:.2f}"])
         absent = [f"{name}: {reason}" for name, reason in part["missing"].items()]
-        yield f"{part['title']}, forward and backward", ["", "seconds", "head GEMMs"], lines, absent
+        header = ["", "median seconds", "range (rounds)", "head GEMMs"]
+        yield f"{part['title']}, forward and backward", header, lines, absent
     if sweep := data.get("sweep"):
         names = list(sweep[0]["seconds"])
         lines = []
         for point in sweep:
-            gemm, *ours = (min(point["seconds"][name]) for name in names)
+            gemm, *ours = (statistics.median(point["seconds"][name]) for name in names)
             lines.append([str(point["rows"]), f"{gemm:.2f}", *(f"{x:.2f} ({x / gemm:.2f})" for x in ours)])
-        yield "Growth with the rows: seconds (head GEMMs)", ["rows", *names], lines, []
+        yield "Growth with the rows: median seconds (head GEMMs)", ["rows", *names], lines, []
     if memory := {name: run for name, run in data.get("memory", {}).items() if run["status"] == "ok"}:
         planned = [format_bytes(run["planned_bytes"]) if "planned_bytes" in run else "" for run in memory.values()]
         lines = [[name, format_bytes(run["peak_bytes"]), p] for (name, run), p in zip(memory.items(), planned)]

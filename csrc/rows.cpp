@@ -279,13 +279,13 @@ void run_stats(const TokenTransform& options, const T* x, int64_t columns, Parti
 
 // ---- gradient
 
-// Marks the columns among kStep whose gradient exceeds the threshold. Other threads mark the same bytes.
+// Marks the columns among kStep whose gradient exceeds the threshold or is NaN. Other threads mark the same bytes.
 template <class T>
 inline void mark(const rpo::Active& active, Floats gradient, int64_t column, int64_t columns, int64_t label_column) {
   float values[kStep];
   store_step<false>(values, reorder<T, float>(absolute(gradient)));
   for (int64_t j = 0; j < columns; ++j)
-    if (values[j] > active.threshold && column + j != label_column)
+    if (!(values[j] <= active.threshold) && column + j != label_column)
       __atomic_store_n(active.mask + column + j, uint8_t(1), __ATOMIC_RELAXED);
 }
 
@@ -304,7 +304,7 @@ struct Gradient {
 
   RPO_INLINE Floats step(const T* from, int64_t column, int64_t columns, bool marks) const {
     const Floats gradient = transform.gradient(load_step(from), factor);
-    if (marks && any(absolute(gradient) > row.active.threshold))
+    if (marks && any(exceeds(absolute(gradient), row.active.threshold)))
       mark<T>(row.active, gradient, column, columns, row.label_column);
     return reorder<T, Out>(gradient);
   }
@@ -329,7 +329,7 @@ struct Gradient {
     Out rounded[kStep];
     store_step<false>(rounded, row.label_grad);
     out[row.label_column] = rounded[0];
-    if (row.active.mask && __builtin_fabsf(row.label_grad) > row.active.threshold)
+    if (row.active.mask && !(__builtin_fabsf(row.label_grad) <= row.active.threshold))
       __atomic_store_n(row.active.mask + row.label_column, uint8_t(1), __ATOMIC_RELAXED);
   }
   void run(int64_t columns) const {

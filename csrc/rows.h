@@ -21,7 +21,7 @@ struct Partial {
   float top;
 };
 
-// Columns to mark with 1 in `mask` (null: none) where the gradient exceeds `threshold`.
+// Columns to mark with 1 in `mask` (null: none) where the gradient exceeds `threshold` or is NaN.
 struct Active {
   uint8_t* mask;
   float threshold;

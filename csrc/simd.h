@@ -50,6 +50,8 @@ RPO_INLINE Floats operator*(Floats x, Floats y) { return {x.a * y.a, x.b * y.b};
 RPO_INLINE Floats operator/(Floats x, Floats y) { return {x.a / y.a, x.b / y.b}; }
 RPO_INLINE Floats operator-(Floats x) { return {-x.a, -x.b}; }
 RPO_INLINE Ints operator>(Floats x, Floats y) { return {x.a > y.a, x.b > y.b}; }
+// x > y, and true of NaN.
+RPO_INLINE Ints exceeds(Floats x, Floats y) { return {~(x.a <= y.a), ~(x.b <= y.b)}; }
 RPO_INLINE Vector masked(IntVector mask, Vector x) { return (Vector)(mask & (IntVector)x); }
 RPO_INLINE Floats masked(Ints mask, Floats x) { return {masked(mask.a, x.a), masked(mask.b, x.b)}; }
 RPO_INLINE Vector select(IntVector mask, Vector x, Vector y) {

@@ -12,7 +12,7 @@ from .head import logprobs_and_dropped
 from .kernels import dispatch
 from .kernels.contract import TokenOptions
 from .logprobs import token_logprobs
-from .objectives import RPO, Objective, agreement
+from .objectives import PRESETS, RPO, Objective, agreement
 from .sequences import Groups, Layout, Segments, find_groups, find_segments
 
 
@@ -200,6 +200,8 @@ class PreferenceBatch(NamedTuple):
         shift: bool,
     ) -> "PreferenceBatch":
         """Build from the arguments of `rpo_loss`; ValueError names the one that does not fit."""
+        if objective in PRESETS.values():
+            raise ValueError(f"objective must be an RPO, such as {objective.__name__}(), got {objective!r}")
         if isinstance(objective, type) or not callable(objective):
             raise ValueError(f"objective must be an RPO or a function of [G, K] tensors, got {objective!r}")
         segments = find_segments(labels, cu_seqlens)

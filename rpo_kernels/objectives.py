@@ -175,6 +175,17 @@ def DistilledDPO(beta: float = 0.1, eta: float = 1.0) -> RPO:
     return RPO("sq", beta=beta, eta=eta)
 
 
+# By the names that the command line knows them by.
+PRESETS: dict[str, Callable[..., RPO]] = {
+    "rpo": RPO,
+    "dpo": DPO,
+    "cdpo": CDPO,
+    "ipo": IPO,
+    "simpo": SimPO,
+    "distilled_dpo": DistilledDPO,
+}
+
+
 def _log_softmax(x: Tensor, present: Tensor) -> Tensor:
     return x.masked_fill(~present, -torch.inf).log_softmax(-1)
 

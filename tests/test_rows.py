@@ -307,6 +307,15 @@ def test_active_columns(rows, backend_device, name):
     assert 0 < mask[10:].sum() < 200
 
 
+def test_nan_counts_as_active(rows, backend_device):
+    logits, labels, grad_logps = make_batch(backend_device, (1, 2, 331), torch.float32)
+    stats = rows.row_stats(logits, labels, PLAIN)
+    logits[0, 0, [0, 7, 200, 330]] = torch.nan
+    mask = torch.zeros(331, dtype=torch.uint8, device=backend_device)
+    rows.row_grad(logits, labels, stats, grad_logps, PLAIN, active=ActiveColumns(mask, torch.inf))
+    assert mask.nonzero().flatten().tolist() == [0, 7, 200, 330]
+
+
 def test_gradient_of_a_certain_label(rows, backend_device):
     """1 - p keeps its relative accuracy where p is near 1."""
     logits = torch.zeros(1, 2, 300, device=backend_device)

@@ -40,7 +40,7 @@ class TokenOptions(NamedTuple):
 class ActiveColumns(NamedTuple):
     """For `row_grad` to fill as it passes: which columns of a tile hold a gradient that counts."""
 
-    mask: Tensor  # [v] uint8; set to 1 where |gradient| > threshold in any scored row, elsewhere left as it is
+    mask: Tensor  # [v] uint8; set to 1 where |gradient| > threshold or NaN in any scored row, else left as it is
     threshold: float
 
 

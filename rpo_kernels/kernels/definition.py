@@ -82,7 +82,8 @@ def row_grad(
         stats: finished statistics of the whole rows (`logp`, `max` and `sumexp` are read).
         grad_logps: `[B, T]`, the factor of each label position.
         out: where to write, in any floating dtype, `logits` itself included; None for a new one of the logits' dtype.
-        active: filled with the columns whose gradient, before it is rounded to `out`, exceeds a threshold anywhere.
+        active: filled with the columns whose gradient, before it is rounded to `out`, exceeds a threshold anywhere or
+            is NaN.
 
     Returns:
         `out`; rows that no scored label reads are 0.
@@ -99,7 +100,7 @@ def row_grad(
         grad.mul_(_softcap_slope(logits, options.logit_scale / options.softcap))
     grad.masked_fill_((target == options.ignore_index).unsqueeze(-1), 0)
     if active is not None:
-        active.mask.masked_fill_((grad.abs() > active.threshold).flatten(0, -2).any(0), 1)
+        active.mask.masked_fill_((grad.abs() <= active.threshold).logical_not_().flatten(0, -2).any(0), 1)
     return grad.to(logits.dtype) if out is None else out.copy_(grad)
 
 

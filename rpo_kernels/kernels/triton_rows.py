@@ -330,7 +330,7 @@ def row_grad_kernel(
     edges = _grad(edges, column, label_column, top, others, own, inner, outer, SOFTCAP)
     tl.store(out_row + column, edges.to(out.dtype.element_ty), mask=inside)
     if active is not None:
-        tl.store(active + column, 1, mask=inside & (tl.abs(edges) > threshold))
+        tl.store(active + column, 1, mask=inside & _exceeds(edges, threshold))
     # Whole blocks but the label's: no masks, no comparing of columns. Then the label's block and the partial one.
     label_offset = (label_column - head).to(tl.int32)
     whole = start + tl.maximum(stop - start, 0) // BLOCK * BLOCK
@@ -342,14 +342,14 @@ def row_grad_kernel(
         grad = _grad(x, None, None, top, others, own, inner, outer, SOFTCAP)
         tl.store(out_body + first + offsets, grad.to(out.dtype.element_ty))
         if active is not None:
-            tl.store(active + head + first + offsets, 1, mask=tl.abs(grad) > threshold)
+            tl.store(active + head + first + offsets, 1, mask=_exceeds(grad, threshold))
     for first in range(special, stop, tl.where(special < whole, whole - special, BLOCK)):
         here = offsets < stop - first
         x = tl.load(body + first + offsets, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
         grad = _grad(x, offsets, label_offset - first, top, others, own, inner, outer, SOFTCAP)
         tl.store(out_body + first + offsets, grad.to(out.dtype.element_ty), mask=here)
         if active is not None:
-            tl.store(active + head + first + offsets, 1, mask=here & (tl.abs(grad) > threshold))
+            tl.store(active + head + first + offsets, 1, mask=here & _exceeds(grad, threshold))
 
 
 @triton.jit
@@ -484,6 +484,12 @@ def _grad(x, column, label_column, top, others, own, inner, outer, SOFTCAP: tl.c
     if SOFTCAP:
         grad *= 1.0 - u * u
     return grad
+
+
+@triton.jit
+def _exceeds(grad, threshold):
+    """|grad| > threshold, and true of NaN."""
+    return (tl.abs(grad) <= threshold) == 0
 
 
 @triton.jit

@@ -47,7 +47,7 @@ def predict(problem: Problem, budget: int | str | None) -> Prediction:
     """This package's head level within a memory budget, from the planner."""
     plan = memory_plan(
         problem.rows, problem.hidden, problem.vocab, problem.torch_dtype, needs_weight=not problem.frozen,
-        memory_budget=budget, device=problem.device,
+        memory_budget=budget, softcap=problem.softcap, device=problem.device,
     )  # fmt: skip
     backward = plan.backward_bytes + plan.gradient_bytes
     gradients = plan.gradient_bytes if backward >= plan.forward_bytes else 0

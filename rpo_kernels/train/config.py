@@ -3,7 +3,7 @@
 import inspect
 import json
 from argparse import Action, ArgumentDefaultsHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -12,17 +12,9 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..objectives import CDPO, DPO, IPO, RPO, DistilledDPO, Objective, SimPO
+from ..objectives import PRESETS, Objective
 from ..plan import parse_budget
 
-OBJECTIVES: dict[str, Callable[..., RPO]] = {
-    "rpo": RPO,
-    "dpo": DPO,
-    "cdpo": CDPO,
-    "ipo": IPO,
-    "simpo": SimPO,
-    "distilled_dpo": DistilledDPO,
-}
 USAGE = "rpo-kernels train [config.yaml] [--flag value ...]"
 DESCRIPTION = """Train a causal language model on preference data. Without --model and --train-data: the embedded
 demonstration. Every flag may also be a line of the YAML file (flags win), and be spelt with dashes or underscores."""
@@ -92,7 +84,7 @@ class ObjectiveArguments:
         Raises:
             ValueError: for a parameter that the objective does not have, or out of range.
         """
-        make = OBJECTIVES[self.objective]
+        make = PRESETS[self.objective]
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objective"}
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         takes = list(inspect.signature(make).parameters)
