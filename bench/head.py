@@ -4,19 +4,21 @@
     python bench/head.py --model DIR --data pairs.jsonl        # the filter and the errors on a real model's
     python bench/head.py --vocab 32768 --peer-rounds 0 --parts time sweep
 
-Every round runs everything once, in turn, one plain head GEMM included, so that a machine that slows down slows all;
-peers, being slow, take part in the first rounds only. Medians are compared. All samples go to the JSON file.
+Every round runs everything once, in turn, each between two plain head GEMMs, whose mean is its unit: a machine that
+slows down slows both. Peers, being slow, take part in the first rounds only. Medians are compared; all samples go to
+the JSON file.
 """
 
 import argparse
 import functools
 import itertools
 import json
+import operator
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -114,27 +116,47 @@ def step_with_idle_filter(inputs: Inputs) -> None:
     torch.autograd.grad(inputs.loss(logps)[0], list(inputs.leaves.values()))
 
 
-def sample(functions: dict[str, Callable[[], Any]], rounds: int, peer_rounds: int = 0) -> dict[str, list[float]]:
-    """Seconds of each round after the first, which compiles."""
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+class Samples(NamedTuple):
+    """Seconds by what was timed, and of a head GEMM beside each: the mean of one just before and one just after."""
+
+    seconds: dict[str, list[float]]
+    gemm_seconds: dict[str, list[float]]
+
+    def gemms(self, name: str) -> float:
+        """Median, in head GEMMs."""
+        return statistics.median(map(operator.truediv, self.seconds[name], self.gemm_seconds[name]))
+
+
+def timed(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def sample(functions: dict[str, Callable[[], Any]], gemm: Callable[[], Any], rounds: int, peer_rounds: int) -> Samples:
+    """Time the functions in turn, each between two GEMMs, after a round in which they compile."""
+    samples = Samples({name: [] for name in functions}, {name: [] for name in functions})
     for number in track(range(rounds + 1), "rounds", transient=True):
+        before = timed(gemm)
         for name, function in functions.items():
             if name in PEERS and number > peer_rounds:
                 continue
-            start = time.perf_counter()
-            function()
+            seconds, after = timed(function), timed(gemm)
             if number:
-                samples[name].append(time.perf_counter() - start)
+                samples.seconds[name].append(seconds)
+                samples.gemm_seconds[name].append((before + after) / 2)
+            before = after
     return samples
 
 
 def gemms_of(inputs: Inputs) -> dict[str, Callable[[], Any]]:
-    """One head GEMM each in the dtypes that a CPU might do it in."""
+    """One head GEMM each in the dtypes that a CPU might do it in, the faster one first."""
     operands = [
         (name, inputs.hidden.detach().flatten(0, 1).to(dtype), inputs.weight.detach().to(dtype))
         for name, dtype in GEMMS.items()
     ]
-    return {name: functools.partial(torch.mm, hidden, weight.T) for name, hidden, weight in operands}
+    gemms = {name: functools.partial(torch.mm, hidden, weight.T) for name, hidden, weight in operands}
+    return dict(sorted(gemms.items(), key=lambda gemm: min(timed(gemm[1]) for _ in range(2))))
 
 
 def measure_time(bench: Bench) -> None:
@@ -144,24 +166,23 @@ def measure_time(bench: Bench) -> None:
         problem = bench.problem(bench.args.rows, frozen)
         inputs = bench.inputs(problem)
         runs, missing = load(bench, problem)
-        timed = {name: functools.partial(step, run, inputs) for name, run in runs.items()}
-        timed[IDLE_FILTER] = functools.partial(step_with_idle_filter, inputs)
-        samples = sample({**gemms_of(inputs), **timed}, bench.args.rounds, bench.args.peer_rounds)
-        bench.report.setdefault("time", []).append(
-            {"title": problem.title, "rows": problem.rows, "frozen": frozen, "seconds": samples, "missing": missing}
-        )
+        gemms = gemms_of(inputs)
+        steps = {name: functools.partial(step, run, inputs) for name, run in runs.items()}
+        steps[IDLE_FILTER] = functools.partial(step_with_idle_filter, inputs)
+        gemm = next(iter(gemms.values()))
+        samples = sample({**gemms, **steps}, gemm, bench.args.rounds, bench.args.peer_rounds)
+        entry = {"title": problem.title, "rows": problem.rows, "frozen": frozen, "missing": missing}
+        bench.report.setdefault("time", []).append(entry | samples._asdict())
         show_time(bench.console, problem.title, samples, missing)
         bench.save()
 
 
-def show_time(console: Console, title: str, samples: dict[str, list[float]], missing: dict[str, str]) -> None:
-    medians = {name: statistics.median(values) for name, values in samples.items()}
-    unit = min(medians[name] for name in GEMMS)
+def show_time(console: Console, title: str, samples: Samples, missing: dict[str, str]) -> None:
     header = ["", "median s", "fastest", "slowest", "samples", "head GEMMs"]
     table = Table(*header, title=f"{title} (forward + backward)", title_justify="left")
-    for name, values in samples.items():
-        seconds = (f"{x:.2f}" for x in (medians[name], min(values), max(values)))
-        table.add_row(name, *seconds, str(len(values)), f"{medians[name] / unit:.2f}")
+    for name, values in samples.seconds.items():
+        seconds = (f"{x:.2f}" for x in (statistics.median(values), min(values), max(values)))
+        table.add_row(name, *seconds, str(len(values)), f"{samples.gemms(name):.2f}")
     console.print(table, *(f"{name} does not run here: {reason}" for name, reason in missing.items()), sep="\n")
 
 
@@ -172,12 +193,12 @@ def measure_sweep(bench: Bench) -> None:
         problem = bench.problem(rows)
         inputs = bench.inputs(problem)
         runs, _ = load(bench, problem)
-        timed = {name: functools.partial(step, runs[name], inputs) for name in (OURS, FILTER)}
-        (gemm, multiply), *_ = gemms_of(inputs).items()
-        samples = sample({gemm: multiply, **timed}, max(1, bench.args.rounds // 2))
-        bench.report.setdefault("sweep", []).append({"rows": rows, "seconds": samples})
-        unit, *ours = (statistics.median(samples[x]) for x in (gemm, OURS, FILTER))
-        table.add_row(str(rows), f"{unit:.2f}", *(f"{seconds:.2f}  {seconds / unit:.2f}" for seconds in ours))
+        steps = {name: functools.partial(step, runs[name], inputs) for name in (OURS, FILTER)}
+        gemm = next(iter(gemms_of(inputs).values()))
+        samples = sample(steps, gemm, max(1, bench.args.rounds // 2), 0)
+        bench.report.setdefault("sweep", []).append({"rows": rows, **samples._asdict()})
+        cells = (f"{statistics.median(samples.seconds[x]):.2f}  {samples.gemms(x):.2f}" for x in steps)
+        table.add_row(str(rows), f"{statistics.median(samples.gemm_seconds[OURS]):.2f}", *cells)
         bench.save()
     bench.console.print(table)
 
@@ -228,7 +249,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=262144)
     parser.add_argument("--hidden", type=int, default=640)
     parser.add_argument("--length", type=int, default=1000, help="tokens a response in the precision part")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds; half of them in the sweep")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds; half of them in the sweep")
     parser.add_argument("--peer-rounds", type=int, default=3, help="how many of them peers take part in")
     parser.add_argument("--sweep", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--parts", choices=list(PARTS), nargs="+", default=list(PARTS))

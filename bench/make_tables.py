@@ -8,6 +8,7 @@ keeps the tables (`tables`) or the charts (`charts`) only.
 """
 
 import json
+import operator
 import re
 import statistics
 from collections.abc import Iterator
@@ -93,22 +94,21 @@ def _native(data: dict[str, Any]) -> Tables:
 def _head(data: dict[str, Any]) -> Tables:
     """`bench/head.py`: medians in head GEMMs; memory; errors."""
     for part in data.get("time", []):
-        medians = {name: statistics.median(samples) for name, samples in part["seconds"].items()}
-        unit = min(seconds for name, seconds in medians.items() if name.startswith("head GEMM"))
         lines = []
         for name, samples in part["seconds"].items():
-            extent = f"{min(samples):.3g} - {max(samples):.3g} ({len(samples)})"
-            lines.append([name, f"{medians[name]:.3g}", extent, f"{medians[name] / unit:.2f}"])
+            extent = f"{min(samples):.3g} to {max(samples):.3g} ({len(samples)})"
+            lines.append([name, f"{statistics.median(samples):.3g}", extent, f"{_gemms(part, name):.2f}"])
         absent = [f"{name}: {reason}" for name, reason in part["missing"].items()]
-        header = ["", "median seconds", "range (rounds)", "head GEMMs"]
+        header = ["", "median seconds", "extent (rounds)", "head GEMMs"]
         yield f"{part['title']}, forward and backward", header, lines, absent
     if sweep := data.get("sweep"):
         names = list(sweep[0]["seconds"])
         lines = []
         for point in sweep:
-            gemm, *ours = (statistics.median(point["seconds"][name]) for name in names)
-            lines.append([str(point["rows"]), f"{gemm:.2f}", *(f"{x:.2f} ({x / gemm:.2f})" for x in ours)])
-        yield "Growth with the rows: median seconds (head GEMMs)", ["rows", *names], lines, []
+            ours = (f"{statistics.median(point['seconds'][x]):.2f} ({_gemms(point, x):.2f})" for x in names)
+            gemm = statistics.median(point["gemm_seconds"][names[0]])
+            lines.append([str(point["rows"]), f"{gemm:.2f}", *ours])
+        yield "Growth with the rows: median seconds (head GEMMs)", ["rows", "head GEMM", *names], lines, []
     if memory := {name: run for name, run in data.get("memory", {}).items() if run["status"] == "ok"}:
         planned = [format_bytes(run["planned_bytes"]) if "planned_bytes" in run else "" for run in memory.values()]
         lines = [[name, format_bytes(run["peak_bytes"]), p] for (name, run), p in zip(memory.items(), planned)]
@@ -118,6 +118,11 @@ def _head(data: dict[str, Any]) -> Tables:
         lines = [[name, *(f"{errors[field]:.1e}" for field in fields)] for name, errors in precision.items()]
         header = ["errors against float64", "nats a response", "dL/dhidden", "dL/dweight"]
         yield "Precision", header, lines, []
+
+
+def _gemms(part: dict[str, Any], name: str) -> float:
+    """Median, in the head GEMMs measured beside each sample."""
+    return statistics.median(map(operator.truediv, part["seconds"][name], part["gemm_seconds"][name]))
 
 
 def _training(data: dict[str, Any]) -> Tables:

@@ -16,7 +16,7 @@ DENSE_SHARE = 0.6  # above this share of active columns, a dense product over al
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 # Rows a chunk and columns a tile before the budget speaks: large enough for GEMMs at full rate, small enough that a
 # tile of logits is still in the last-level cache when the row kernels read it.
-_SHAPES = {"cpu": (1024, 2048)}
+_SHAPES = {"cpu": (1024, 4096)}
 _ACCELERATOR_SHAPE = (2048, 8192)
 _SMALLEST_ROWS, _SMALLEST_COLUMNS = 128, EDGE
 _SMALL = 2048  # tensors of a few numbers
