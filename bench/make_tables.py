@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from native import summarise
 from train_levels import compare
 from train_levels import draw as draw_training
 
@@ -85,7 +86,7 @@ def _native(data: dict[str, Any]) -> Tables:
     header, lines = ["logits"], []
     for case in data["cases"]:
         rows = case["shape"][0] * case["shape"][1]
-        ratios = {re.sub(r" \(.*?\)", "", name): ratio for name, ratio in case["ratios"].items()}
+        ratios = {re.sub(r" \(.*?\)", "", name): ratio for name, ratio in summarise(case["seconds"]).items()}
         header = ["logits", *ratios]
         lines.append([f"{rows} x {case['shape'][2]} {case['dtype']}", *(f"{ratio:.2f}" for ratio in ratios.values())])
     yield "Ratios of medians", header, lines, []
