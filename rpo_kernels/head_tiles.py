@@ -10,6 +10,7 @@ which it shrinks until the softmax is complete goes on the `[rows, H]` side, lik
 At the label's column `s (1 - p so far) = s - p` lacks `1 - s`: the label's gain, added to both without cancellation.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -157,11 +158,15 @@ class _Scratch:
 
     def __init__(self, head: Head, schedule: Schedule):
         rows, vocab, chunk, tile = schedule.sizes
-        self.head = head
-        self.logits = head.weight.new_empty(min(rows, chunk) * min(vocab, tile), dtype=head.logits_dtype)
+        self.head, self.size = head, min(rows, chunk) * min(vocab, tile)
         converts = head.operand_dtype != head.weight.dtype
         size = min(vocab, tile) * head.weight.shape[1] if converts else 0
         self.weight = head.weight.new_empty(size, dtype=head.operand_dtype)
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        """Made when first used: backward needs none if it reads all U where it was kept."""
+        return self.head.weight.new_empty(self.size, dtype=self.head.logits_dtype)
 
     def load(self, columns: slice) -> Tensor:
         """A tile of the weight, `[v, H]`, as GEMMs read it."""

@@ -233,7 +233,8 @@ class _Work:
         if kept * tile < self.vocab:
             recomputing = self._definition_bytes(chunk, tile) + self._unit_bytes(chunk, tile)
         of_tile = max(gathering, scaled + gradient + recomputing)
-        return saved + max(share, self._scratch_bytes(chunk, tile) + gathered + of_tile)
+        scratch = self._scratch_bytes(chunk, tile) if self.converts or kept * tile < self.vocab else 0
+        return saved + max(share, scratch + gathered + of_tile)
 
     def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """What waits between the passes."""
