@@ -8,13 +8,13 @@ keeps the tables (`tables`) or the charts (`charts`) only.
 """
 
 import json
-import operator
 import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from head import Samples
 from native import summarise
 from train_levels import compare
 from train_levels import draw as draw_training
@@ -95,10 +95,10 @@ def _native(data: dict[str, Any]) -> Tables:
 def _head(data: dict[str, Any]) -> Tables:
     """`bench/head.py`: medians in head GEMMs; memory; errors."""
     for part in data.get("time", []):
-        lines = []
-        for name, samples in part["seconds"].items():
-            extent = f"{min(samples):.3g} to {max(samples):.3g} ({len(samples)})"
-            lines.append([name, f"{statistics.median(samples):.3g}", extent, f"{_gemms(part, name):.2f}"])
+        samples, lines = Samples(part["seconds"], part["gemm_seconds"]), []
+        for name, values in samples.seconds.items():
+            extent = f"{min(values):.3g} to {max(values):.3g} ({len(values)})"
+            lines.append([name, f"{statistics.median(values):.3g}", extent, f"{samples.gemms(name):.2f}"])
         absent = [f"{name}: {reason}" for name, reason in part["missing"].items()]
         header = ["", "median seconds", "extent (rounds)", "head GEMMs"]
         yield f"{part['title']}, forward and backward", header, lines, absent
@@ -106,8 +106,9 @@ def _head(data: dict[str, Any]) -> Tables:
         names = list(sweep[0]["seconds"])
         lines = []
         for point in sweep:
-            ours = (f"{statistics.median(point['seconds'][x]):.2f} ({_gemms(point, x):.2f})" for x in names)
-            gemm = statistics.median(point["gemm_seconds"][names[0]])
+            samples = Samples(point["seconds"], point["gemm_seconds"])
+            ours = (f"{statistics.median(samples.seconds[x]):.2f} ({samples.gemms(x):.2f})" for x in names)
+            gemm = statistics.median(samples.gemm_seconds[names[0]])
             lines.append([str(point["rows"]), f"{gemm:.2f}", *ours])
         yield "Growth with the rows: median seconds (head GEMMs)", ["rows", "head GEMM", *names], lines, []
     if memory := {name: run for name, run in data.get("memory", {}).items() if run["status"] == "ok"}:
@@ -119,11 +120,6 @@ def _head(data: dict[str, Any]) -> Tables:
         lines = [[name, *(f"{errors[field]:.1e}" for field in fields)] for name, errors in precision.items()]
         header = ["errors against float64", "nats a response", "dL/dhidden", "dL/dweight"]
         yield "Precision", header, lines, []
-
-
-def _gemms(part: dict[str, Any], name: str) -> float:
-    """Median, in the head GEMMs measured beside each sample."""
-    return statistics.median(map(operator.truediv, part["seconds"][name], part["gemm_seconds"][name]))
 
 
 def _training(data: dict[str, Any]) -> Tables:
