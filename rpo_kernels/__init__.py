@@ -1,6 +1,7 @@
 """Fused kernels for Reward-aware Preference Optimization: from logits, or hidden states and LM head, to the loss."""
 
 from .head import linear_token_logprobs
+from .integrations.hf_head import ModelHead, find_head
 from .kernels.dispatch import backend_info
 from .logprobs import token_logprobs
 from .losses import RPOOutput, linear_rpo_loss, rpo_loss
@@ -15,9 +16,11 @@ __all__ = [
     "RPO",
     "DistilledDPO",
     "MemoryPlan",
+    "ModelHead",
     "RPOOutput",
     "SimPO",
     "backend_info",
+    "find_head",
     "linear_rpo_loss",
     "linear_token_logprobs",
     "memory_plan",

@@ -28,6 +28,11 @@ FAMILIES = {
     "Gemma3Text": dict(final_logit_softcapping=0.03),
     "Cohere": dict(logit_scale=0.3),
     "Granite": dict(logits_scaling=5.0),
+    "MiniCPM3": dict(
+        dim_model_base=8, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16
+    ),
+    "HyperCLOVAX": dict(logits_scaling=0.3),
+    "FalconH1": dict(lm_head_multiplier=0.3, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_state=8, mamba_chunk_size=4),
     "Phi3": {},
     "Phi": {},  # its head has a bias
 }
@@ -36,6 +41,8 @@ FAMILIES = {
 def tiny(family, **config):
     torch.manual_seed(0)
     name = "Gemma3ForCausalLM" if family == "Gemma3Text" else f"{family}ForCausalLM"
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     config = getattr(transformers, f"{family}Config")(**(SIZES | FAMILIES[family] | config))
     return getattr(transformers, name)(config)
 
@@ -86,6 +93,83 @@ def test_lora_with_a_frozen_head():
     a, b = (preference_loss(model, batch(), DPO(), LossLayer(level)).loss for level in ("head", "logits"))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert find_head(model).weight.requires_grad is False
+
+
+def lora(**options):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    return peft.get_peft_model(tiny("Llama"), config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=["lm_head", "q_proj"]),
+        dict(target_modules=["lm_head"], lora_bias=True),
+        dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    ],
+    ids=["adapted", "adapted with a bias", "trained whole"],
+)
+def test_a_head_that_peft_trains(options):
+    """Both levels give the same loss and gradients, with the adapter and without, and the adapter matters."""
+    model = lora(**options)
+    if "modules_to_save" in options:
+        with torch.no_grad():
+            find_head(model).weight.mul_(2)
+    results = {}
+    for level in ("logits", "head"):
+        model.zero_grad()
+        loss = preference_loss(model, batch(), DPO(), LossLayer(level)).loss
+        loss.backward()
+        with model.disable_adapter():
+            reference = response_logps(model, batch(), LossLayer(level))
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results[level] = loss.detach(), response_logps(model, batch(), LossLayer(level)), reference, gradients
+    *values, gradients = results["head"]
+    *expected_values, expected = results["logits"]
+    torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-4)
+    assert gradients.keys() == expected.keys() and any("lm_head" in name for name in gradients)
+    for name in expected:
+        assert (gradients[name] - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-7, name
+    assert (values[1] - values[2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "options, cast, match",
+    [
+        (dict(target_modules=["lm_head"], lora_dropout=0.1), None, "dropout"),
+        (dict(target_modules=["lm_head"], use_dora=True), None, "DoRA"),
+        (dict(target_modules=["lm_head"]), torch.bfloat16, "rounding"),
+    ],
+    ids=["dropout", "dora", "half precision"],
+)
+def test_an_adapter_that_cannot_be_merged_is_refused(options, cast, match):
+    model = lora(**options)
+    if cast is not None:
+        model.to(cast)
+    with pytest.raises(ValueError, match=match):
+        find_head(model)
+
+
+def test_virtual_tokens_are_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="virtual tokens"):
+        find_head(peft.get_peft_model(tiny("Llama"), config))
+
+
+def test_the_scale_of_muse_glimmer():
+    """Too large a family to build here: its text config, on a Llama."""
+    if not hasattr(transformers, "MuseGlimmerTextConfig"):
+        pytest.skip(f"transformers {transformers.__version__} has no MuseGlimmerTextConfig")
+    model = tiny("Llama")
+    model.config = transformers.MuseGlimmerTextConfig(output_multiplier=0.25, final_logit_softcapping=7.0)
+    assert find_head(model)[3:] == (0.25, 7.0)
+
+
+def test_a_scale_of_zero_is_refused():
+    with pytest.raises(ValueError, match="logit scale"):
+        find_head(tiny("Cohere", logit_scale=0.0))
 
 
 def test_the_models_own_forward_is_back_afterwards():

@@ -64,14 +64,11 @@ def preference_loss(model: nn.Module, batch: dict, objective: Objective, layer: 
     def loss(head: ModelHead, hidden: Tensor) -> RPOOutput:
         return linear_rpo_loss(
             hidden,
-            head.weight,
-            batch["labels"],
-            batch["rewards"],
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
+            labels=batch["labels"],
+            rewards=batch["rewards"],
             memory_budget=layer.memory_budget,
             gradient_filter=layer.gradient_filter,
+            **head.arguments,
             **groups,
         )
 
@@ -88,13 +85,10 @@ def response_logps(model: nn.Module, batch: dict, layer: LossLayer = LossLayer()
     def logps(head: ModelHead, hidden: Tensor) -> Tensor:
         return linear_token_logprobs(
             hidden,
-            head.weight,
-            batch["labels"],
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
+            labels=batch["labels"],
             shift=True,
             memory_budget=layer.memory_budget,
+            **head.arguments,
         ).sum(-1)
 
     return _at_head(model, batch, logps)
