@@ -4,9 +4,10 @@ from .head import linear_token_logprobs
 from .integrations.hf_head import ModelHead, find_head
 from .kernels.dispatch import backend_info
 from .logprobs import token_logprobs
-from .losses import RPOOutput, linear_rpo_loss, rpo_loss
+from .losses import linear_rpo_loss, rpo_loss
 from .objectives import CDPO, DPO, IPO, RPO, DistilledDPO, SimPO
 from .plan import MemoryPlan, memory_plan
+from .preference import RPOOutput, preference_loss, score_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "linear_rpo_loss",
     "linear_token_logprobs",
     "memory_plan",
+    "preference_loss",
     "rpo_loss",
+    "score_loss",
     "token_logprobs",
 ]

@@ -1,35 +1,17 @@
-"""The three levels joined: per-token log-probabilities to sequence log-ratios to the group loss."""
+"""The three levels joined: logits, or hidden states and the LM head, to the group loss."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import checks_values
-from .fused import rpo_reduce
 from .head import logprobs_and_dropped
-from .kernels import dispatch
 from .kernels.contract import TokenOptions
 from .logprobs import token_logprobs
-from .objectives import PRESETS, RPO, Objective, agreement
-from .sequences import Groups, Layout, Segments, find_groups, find_segments
-
-
-class RPOOutput(NamedTuple):
-    """What `rpo_loss` and `linear_rpo_loss` return; float32, sequences in the batch's order.
-
-    `loss`, `group_losses` and `logps` are differentiable, the rest is for logging.
-    """
-
-    loss: Tensor  # scalar: mean of group_losses
-    group_losses: Tensor  # [G]
-    logps: Tensor  # [B] policy log-probability of each response (summed with token_weights if given)
-    ref_logps: Tensor | None  # [B] the same of the reference; None for a reference-free objective
-    implicit_rewards: Tensor  # [B] beta * log-ratio
-    accuracy: Tensor  # scalar: share of response pairs with unequal rewards ranked alike, a tie counts 1/2
-    margin: Tensor  # scalar: mean over groups of implicit reward of the best minus the worst response
-    dropped: Tensor | None = None  # labels' shape: what a gradient filter left out, see `linear_token_logprobs`
+from .objectives import RPO, Objective
+from .preference import PreferenceBatch, RPOOutput
+from .sequences import Layout
 
 
 def rpo_loss(
@@ -171,147 +153,3 @@ def linear_rpo_loss(
         raise ValueError("ref_weight and ref_bias go with ref_hidden, which was not given")
     output = batch.loss(logps, ref_logps, backend)
     return output if gradient_filter is None else output._replace(dropped=dropped)
-
-
-class PreferenceBatch(NamedTuple):
-    """A checked batch: from its tokens' log-probabilities to the loss. Shared by the logits and the head level."""
-
-    labels: Tensor
-    rewards: Tensor
-    objective: Objective
-    segments: Segments
-    groups: Groups
-    token_weights: Tensor | None
-    ignore_index: int
-    shift: bool
-
-    @classmethod
-    def check(
-        cls,
-        labels: Tensor,
-        rewards: Tensor,
-        objective: Objective,
-        num_responses: int,
-        layout: Layout,
-        group_ids: Sequence[int] | Tensor | None,
-        token_weights: Tensor | None,
-        cu_seqlens: Tensor | None,
-        ignore_index: int,
-        shift: bool,
-    ) -> "PreferenceBatch":
-        """Build from the arguments of `rpo_loss`; ValueError names the one that does not fit."""
-        if objective in PRESETS.values():
-            raise ValueError(f"objective must be an RPO, such as {objective.__name__}(), got {objective!r}")
-        if isinstance(objective, type) or not callable(objective):
-            raise ValueError(f"objective must be an RPO or a function of [G, K] tensors, got {objective!r}")
-        segments = find_segments(labels, cu_seqlens)
-        groups = find_groups(segments.count, num_responses, layout, group_ids, labels.device)
-        if groups.count == 0:
-            raise ValueError("labels must hold at least one sequence, got none")
-        _check_rewards(rewards, segments.count, labels.device)
-        if token_weights is not None:
-            _check_token_weights(token_weights, labels)
-            token_weights = token_weights.detach()
-        if shift and cu_seqlens is not None:
-            # The last logits of one packed sequence do not predict the first token of the next.
-            labels = labels.masked_fill(segments.starts(labels), ignore_index)
-        return cls(labels, rewards, objective, segments, groups, token_weights, ignore_index, shift)
-
-    def loss(self, token_logps: Tensor, ref_logps: Tensor | None, backend: str | None) -> RPOOutput:
-        """The loss from per-token log-probabilities (of the labels' shape) and the reference's."""
-        ref_logps = self._check_reference(ref_logps)
-        if ref_logps is not None:
-            ref_logps = ref_logps.to(token_logps.dtype)
-        token_weights = None if self.token_weights is None else self.token_weights.to(token_logps.dtype)
-        if type(self.objective) is RPO and dispatch.fuses_objective(token_logps, backend):
-            return self._fused_loss(self.objective, token_logps, ref_logps, token_weights)
-        scored = self.segments.scored(self.labels, self.ignore_index, self.shift)
-        weights = scored.to(token_logps.dtype)
-        if token_weights is not None:
-            weights = weights * token_weights
-        logps = self.segments.sum(token_logps * weights)
-        log_ratios = logps
-        if ref_logps is not None:
-            if ref_logps.shape == self.labels.shape:
-                ref_logps = self.segments.sum(torch.where(scored, ref_logps, 0) * weights)
-            log_ratios = logps - ref_logps
-        if getattr(self.objective, "length_normalize", False):
-            log_ratios = log_ratios / self.segments.sum(scored.to(logps.dtype)).clamp(min=1)
-        return self._group_loss(logps, ref_logps, log_ratios)
-
-    def _group_loss(self, logps: Tensor, ref_logps: Tensor | None, log_ratios: Tensor) -> RPOOutput:
-        groups = self.groups
-        rewards = groups.gather(self.rewards.to(logps.dtype))
-        group_losses = self.objective(groups.gather(log_ratios), rewards, groups.present)
-        if group_losses.shape != (groups.count,):
-            raise ValueError(
-                f"objective must return a loss for each of the {groups.count} groups; got {list(group_losses.shape)}"
-            )
-        implicit = getattr(self.objective, "beta", 1.0) * log_ratios.detach()
-        accuracy, margin = agreement(groups.gather(implicit), rewards, groups.present)
-        return RPOOutput(group_losses.mean(), group_losses, logps, ref_logps, implicit, accuracy, margin)
-
-    def _fused_loss(
-        self, objective: RPO, token_logps: Tensor, ref_logps: Tensor | None, token_weights: Tensor | None
-    ) -> RPOOutput:
-        loss, group_losses, logps, ref_sums, implicit, accuracy, margin = rpo_reduce(
-            token_logps,
-            self.labels,
-            self.rewards,
-            ref_logps,
-            token_weights,
-            self.segments,
-            self.groups,
-            objective,
-            self.ignore_index,
-            self.shift,
-        )
-        reference = None if ref_logps is None else ref_sums
-        return RPOOutput(loss, group_losses, logps, reference, implicit, accuracy, margin)
-
-    def _check_reference(self, ref_logps: Tensor | None) -> Tensor | None:
-        reference_free = getattr(self.objective, "reference_free", False)
-        if reference_free and ref_logps is not None:
-            raise ValueError("the objective is reference-free: give neither ref_logps nor a reference model's output")
-        if reference_free:
-            return None
-        if ref_logps is not None:
-            _check_tensor("ref_logps", ref_logps)
-        per_sequence, per_token = [self.segments.count], list(self.labels.shape)
-        if ref_logps is None:
-            raise ValueError(
-                f"ref_logps must be given, {per_sequence} sums or {per_token} per token, "
-                "or the reference's logits or hidden states, unless the objective is reference-free"
-            )
-        if list(ref_logps.shape) != per_sequence and list(ref_logps.shape) != per_token:
-            raise ValueError(
-                f"ref_logps must be sums {per_sequence} or per token {per_token}; got {list(ref_logps.shape)}"
-            )
-        if ref_logps.device != self.labels.device:
-            raise ValueError(f"ref_logps must be on the labels' device {self.labels.device}; got {ref_logps.device}")
-        return ref_logps.detach()
-
-
-def _check_tensor(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
-
-
-def _check_token_weights(token_weights: Tensor, labels: Tensor) -> None:
-    _check_tensor("token_weights", token_weights)
-    if token_weights.shape != labels.shape:
-        raise ValueError(
-            f"token_weights must have the labels' shape {list(labels.shape)}; got {list(token_weights.shape)}"
-        )
-    if token_weights.device != labels.device:
-        raise ValueError(f"token_weights must be on the labels' device {labels.device}; got {token_weights.device}")
-
-
-def _check_rewards(rewards: Tensor, count: int, device: torch.device) -> None:
-    _check_tensor("rewards", rewards)
-    if rewards.shape != (count,):
-        raise ValueError(f"rewards must be one number for each of the {count} sequences; got {list(rewards.shape)}")
-    if rewards.device != device:
-        raise ValueError(f"rewards must be on the labels' device {device}; got {rewards.device}")
-    if checks_values(rewards) and not bool(rewards.isfinite().all()):
-        raise ValueError(f"rewards must be finite; got {rewards.tolist()}")

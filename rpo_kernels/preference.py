@@ -1,0 +1,274 @@
+"""From log-probabilities of tokens, or scores of responses, to the group loss: what the losses share."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import checks_values
+from .fused import rpo_reduce
+from .kernels import dispatch
+from .objectives import PRESETS, RPO, Objective, agreement
+from .sequences import Groups, Layout, Segments, find_groups, find_segments
+
+
+class RPOOutput(NamedTuple):
+    """What the losses return; float32 (float64 from float64), sequences in the batch's order.
+
+    `loss`, `group_losses` and `logps` are differentiable, the rest is for logging.
+    """
+
+    loss: Tensor  # scalar: mean of group_losses
+    group_losses: Tensor  # [G]
+    logps: Tensor  # [B] policy log-probability of each response (summed with token_weights if given)
+    ref_logps: Tensor | None  # [B] the same of the reference; None for a reference-free objective
+    implicit_rewards: Tensor  # [B] beta * log-ratio
+    accuracy: Tensor  # scalar: share of response pairs with unequal rewards ranked alike, a tie counts 1/2
+    margin: Tensor  # scalar: mean over groups of implicit reward of the best minus the worst response
+    dropped: Tensor | None = None  # labels' shape: what a gradient filter left out, see `linear_token_logprobs`
+
+
+def preference_loss(
+    token_logps: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    *,
+    ref_logps: Tensor | None = None,
+    objective: Objective = RPO(),
+    num_responses: int = 2,
+    layout: Layout = "grouped",
+    group_ids: Sequence[int] | Tensor | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    backend: str | None = None,
+) -> RPOOutput:
+    """`rpo_loss` from the tokens' log-probabilities, for whoever has them already.
+
+    Args:
+        token_logps: `[B, T]` natural log-probabilities of the labels, or `[total]` with `cu_seqlens`; floating point.
+            What stands at positions that are not scored is not read.
+        labels: of the same shape, int64 or int32; only read for which positions are scored: all but `ignore_index`
+            and, with `shift`, the first of each response.
+        backend: `"triton"` and None on an accelerator fuse the built-in objectives, `"torch"` does not.
+        rewards, ref_logps, objective, num_responses, layout, group_ids, token_weights, cu_seqlens: as in `rpo_loss`.
+
+    Returns:
+        `RPOOutput`, differentiable in `token_logps`.
+
+    Raises:
+        ValueError: as `rpo_loss`.
+    """
+    _check_floating("token_logps", token_logps)
+    batch = PreferenceBatch.check(
+        labels, rewards, objective, num_responses, layout, group_ids, token_weights, cu_seqlens, ignore_index, shift
+    )
+    if token_logps.shape != labels.shape:
+        raise ValueError(f"token_logps must have the labels' shape {list(labels.shape)}; got {list(token_logps.shape)}")
+    if token_logps.device != labels.device:
+        raise ValueError(f"token_logps must be on the labels' device {labels.device}; got {token_logps.device}")
+    return batch.loss(torch.where(batch.scored, _exact(token_logps), 0), ref_logps, backend)
+
+
+def score_loss(
+    scores: Tensor,
+    rewards: Tensor,
+    *,
+    objective: Objective = RPO(),
+    num_responses: int = 2,
+    layout: Layout = "grouped",
+    group_ids: Sequence[int] | Tensor | None = None,
+    backend: str | None = None,
+) -> RPOOutput:
+    """The preference loss of anything that gives each response one score, in the place of its log-ratio.
+
+    For diffusion and flow models the score of a sample is minus the difference of the policy's and the reference's
+    denoising errors (Diffusion-DPO, arXiv 2311.12908, eq. 14); the objective's `beta` then holds the paper's `beta T`.
+
+    Args:
+        scores: `[B]`, floating point: log-ratios to the reference, or what stands for them.
+        rewards: `[B]`, finite, in the batch's order.
+        objective: as in `rpo_loss`, but not length-normalised: a score has no length.
+        num_responses, layout, group_ids: as in `rpo_loss`.
+        backend: as in `preference_loss`.
+
+    Returns:
+        `RPOOutput`, differentiable in `scores`; its `logps` are the scores and `ref_logps` None.
+
+    Raises:
+        ValueError: as `rpo_loss`.
+    """
+    _check_floating("scores", scores)
+    if scores.ndim != 1 or len(scores) == 0:
+        raise ValueError(f"scores must be [B], one number for each of B > 0 responses; got shape {list(scores.shape)}")
+    if getattr(objective, "length_normalize", False):
+        raise ValueError(f"objective must not be length-normalised, a score has no length; got {objective!r}")
+    # A score is the log-ratio of a response of one token.
+    labels = torch.zeros(len(scores), 1, dtype=torch.int64, device=scores.device)
+    batch = PreferenceBatch.check(labels, rewards, objective, num_responses, layout, group_ids, None, None, -100, False)
+    return batch.loss_of_ratios(_exact(scores)[:, None], None, backend)
+
+
+class PreferenceBatch(NamedTuple):
+    """A checked batch: from its tokens' log-probabilities to the loss."""
+
+    labels: Tensor
+    rewards: Tensor
+    objective: Objective
+    segments: Segments
+    groups: Groups
+    token_weights: Tensor | None
+    ignore_index: int
+    shift: bool
+
+    @classmethod
+    def check(
+        cls,
+        labels: Tensor,
+        rewards: Tensor,
+        objective: Objective,
+        num_responses: int,
+        layout: Layout,
+        group_ids: Sequence[int] | Tensor | None,
+        token_weights: Tensor | None,
+        cu_seqlens: Tensor | None,
+        ignore_index: int,
+        shift: bool,
+    ) -> "PreferenceBatch":
+        """Build from the arguments of `rpo_loss`; ValueError names the one that does not fit."""
+        if objective in PRESETS.values():
+            raise ValueError(f"objective must be an RPO, such as {objective.__name__}(), got {objective!r}")
+        if isinstance(objective, type) or not callable(objective):
+            raise ValueError(f"objective must be an RPO or a function of [G, K] tensors, got {objective!r}")
+        segments = find_segments(labels, cu_seqlens)
+        groups = find_groups(segments.count, num_responses, layout, group_ids, labels.device)
+        if groups.count == 0:
+            raise ValueError("labels must hold at least one sequence, got none")
+        _check_rewards(rewards, segments.count, labels.device)
+        if token_weights is not None:
+            _check_token_weights(token_weights, labels)
+            token_weights = token_weights.detach()
+        if shift and cu_seqlens is not None:
+            # The last logits of one packed sequence do not predict the first token of the next.
+            labels = labels.masked_fill(segments.starts(labels), ignore_index)
+        return cls(labels, rewards, objective, segments, groups, token_weights, ignore_index, shift)
+
+    @property
+    def scored(self) -> Tensor:
+        """Which tokens are scored, bool of the labels' shape."""
+        return self.segments.scored(self.labels, self.ignore_index, self.shift)
+
+    def loss(self, token_logps: Tensor, ref_logps: Tensor | None, backend: str | None) -> RPOOutput:
+        """The loss from the tokens' log-probabilities, of the labels' shape and 0 where not scored."""
+        ref_logps = self._check_reference(ref_logps)
+        if ref_logps is not None:
+            ref_logps = ref_logps.to(token_logps.dtype)
+        return self.loss_of_ratios(token_logps, ref_logps, backend)
+
+    def loss_of_ratios(self, token_logps: Tensor, ref_logps: Tensor | None, backend: str | None) -> RPOOutput:
+        """The same; without `ref_logps` the log-probabilities are the log-ratios, whatever the objective."""
+        token_weights = None if self.token_weights is None else self.token_weights.to(token_logps.dtype)
+        if type(self.objective) is RPO and dispatch.fuses_objective(token_logps, backend):
+            return self._fused_loss(self.objective, token_logps, ref_logps, token_weights)
+        scored = self.scored
+        weights = scored.to(token_logps.dtype)
+        if token_weights is not None:
+            weights = weights * token_weights
+        logps = self.segments.sum(token_logps * weights)
+        log_ratios = logps
+        if ref_logps is not None:
+            if ref_logps.shape == self.labels.shape:
+                ref_logps = self.segments.sum(torch.where(scored, ref_logps, 0) * weights)
+            log_ratios = logps - ref_logps
+        if getattr(self.objective, "length_normalize", False):
+            log_ratios = log_ratios / self.segments.sum(scored.to(logps.dtype)).clamp(min=1)
+        return self._group_loss(logps, ref_logps, log_ratios)
+
+    def _group_loss(self, logps: Tensor, ref_logps: Tensor | None, log_ratios: Tensor) -> RPOOutput:
+        groups = self.groups
+        rewards = groups.gather(self.rewards.to(logps.dtype))
+        group_losses = self.objective(groups.gather(log_ratios), rewards, groups.present)
+        if group_losses.shape != (groups.count,):
+            raise ValueError(
+                f"objective must return a loss for each of the {groups.count} groups; got {list(group_losses.shape)}"
+            )
+        implicit = getattr(self.objective, "beta", 1.0) * log_ratios.detach()
+        accuracy, margin = agreement(groups.gather(implicit), rewards, groups.present)
+        return RPOOutput(group_losses.mean(), group_losses, logps, ref_logps, implicit, accuracy, margin)
+
+    def _fused_loss(
+        self, objective: RPO, token_logps: Tensor, ref_logps: Tensor | None, token_weights: Tensor | None
+    ) -> RPOOutput:
+        loss, group_losses, logps, ref_sums, implicit, accuracy, margin = rpo_reduce(
+            token_logps,
+            self.labels,
+            self.rewards,
+            ref_logps,
+            token_weights,
+            self.segments,
+            self.groups,
+            objective,
+            self.ignore_index,
+            self.shift,
+        )
+        reference = None if ref_logps is None else ref_sums
+        return RPOOutput(loss, group_losses, logps, reference, implicit, accuracy, margin)
+
+    def _check_reference(self, ref_logps: Tensor | None) -> Tensor | None:
+        reference_free = getattr(self.objective, "reference_free", False)
+        if reference_free and ref_logps is not None:
+            raise ValueError("the objective is reference-free: give neither ref_logps nor a reference model's output")
+        if reference_free:
+            return None
+        if ref_logps is not None:
+            _check_tensor("ref_logps", ref_logps)
+        per_sequence, per_token = [self.segments.count], list(self.labels.shape)
+        if ref_logps is None:
+            raise ValueError(
+                f"ref_logps must be given, {per_sequence} sums or {per_token} per token, "
+                "or the reference's logits or hidden states, unless the objective is reference-free"
+            )
+        if list(ref_logps.shape) != per_sequence and list(ref_logps.shape) != per_token:
+            raise ValueError(
+                f"ref_logps must be sums {per_sequence} or per token {per_token}; got {list(ref_logps.shape)}"
+            )
+        if ref_logps.device != self.labels.device:
+            raise ValueError(f"ref_logps must be on the labels' device {self.labels.device}; got {ref_logps.device}")
+        return ref_logps.detach()
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    _check_tensor(name, x)
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {x.dtype}")
+
+
+def _check_token_weights(token_weights: Tensor, labels: Tensor) -> None:
+    _check_tensor("token_weights", token_weights)
+    if token_weights.shape != labels.shape:
+        raise ValueError(
+            f"token_weights must have the labels' shape {list(labels.shape)}; got {list(token_weights.shape)}"
+        )
+    if token_weights.device != labels.device:
+        raise ValueError(f"token_weights must be on the labels' device {labels.device}; got {token_weights.device}")
+
+
+def _check_rewards(rewards: Tensor, count: int, device: torch.device) -> None:
+    _check_tensor("rewards", rewards)
+    if rewards.shape != (count,):
+        raise ValueError(f"rewards must be one number for each of the {count} sequences; got {list(rewards.shape)}")
+    if rewards.device != device:
+        raise ValueError(f"rewards must be on the other inputs' device {device}; got {rewards.device}")
+    if checks_values(rewards) and not bool(rewards.isfinite().all()):
+        raise ValueError(f"rewards must be finite; got {rewards.tolist()}")
