@@ -1,0 +1,94 @@
+"""Groups of token ids laid out in one row, so that no token is there twice.
+
+A group is a tree: the prompt is its root, and responses part where their tokens differ. The row holds the trees one
+after another, each in depth-first order, so that everything that continues a token stands right behind it. Attention
+then needs one number a token, the place before which its tree's branch ends: a token sees those before it whose branch
+it lies in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+
+@dataclass
+class TreeRow:
+    """One row of T tokens holding the trees of several groups, and where the N response tokens are predicted."""
+
+    input_ids: list[int] = field(default_factory=list)  # [T]
+    position_ids: list[int] = field(default_factory=list)  # [T] distance from the group's first token
+    visible_until: list[int] = field(default_factory=list)  # [T] place before which the branch of a token ends
+    labels: list[int] = field(default_factory=list)  # [N] the responses' tokens, response after response
+    label_rows: list[int] = field(default_factory=list)  # [N] place of the token that predicts the label
+    cu_seqlens: list[int] = field(default_factory=lambda: [0])  # [B + 1] where each response's labels begin
+
+    def add(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
+        """Append the tree of one group.
+
+        Raises:
+            ValueError: if the prompt is empty; nothing would predict the responses' first tokens.
+        """
+        if not prompt:
+            raise ValueError(
+                "prompt must hold at least one token, from which the responses' first tokens are predicted"
+            )
+        start = self._append(prompt, 0)
+        places: list[list[int]] = [[len(self.input_ids) - 1] for _ in responses]
+        self._branch(responses, list(range(len(responses))), 0, len(prompt), places)
+        self._end_branch(start, len(prompt))
+        for response, place in zip(responses, places, strict=True):
+            self.labels += response
+            self.label_rows += place[: len(response)]
+            self.cu_seqlens.append(len(self.labels))
+
+    def _branch(
+        self,
+        responses: Sequence[Sequence[int]],
+        members: list[int],
+        depth: int,
+        position: int,
+        places: list[list[int]],
+    ) -> None:
+        """Lay out `members` of the responses from their token `depth` on; they have the same tokens before it."""
+        by_token: dict[int, list[int]] = {}
+        for member in members:
+            if depth < len(responses[member]):
+                by_token.setdefault(responses[member][depth], []).append(member)
+        for branch in by_token.values():
+            end = _common_length([responses[member] for member in branch], depth)
+            start = self._append(responses[branch[0]][depth:end], position)
+            for member in branch:
+                places[member] += range(start, len(self.input_ids))
+            self._branch(responses, branch, end, position + end - depth, places)
+            self._end_branch(start, end - depth)
+
+    def _append(self, tokens: Sequence[int], position: int) -> int:
+        start = len(self.input_ids)
+        self.input_ids += tokens
+        self.position_ids += range(position, position + len(tokens))
+        self.visible_until += [0] * len(tokens)
+        return start
+
+    def _end_branch(self, start: int, length: int) -> None:
+        self.visible_until[start : start + length] = [len(self.input_ids)] * length
+
+
+def tree_size(prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
+    """How many tokens `TreeRow.add` appends for a group."""
+    ordered = sorted(responses)
+    shared = sum(_common_length([a, b], 0) for a, b in pairwise(ordered))
+    return len(prompt) + sum(map(len, responses)) - shared
+
+
+def padded_size(prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
+    """How many tokens a group takes as one padded row for each response, if it alone is a batch."""
+    return len(responses) * (len(prompt) + max(map(len, responses), default=0))
+
+
+def _common_length(sequences: Sequence[Sequence[int]], start: int) -> int:
+    """The length of the longest common prefix of sequences that agree up to `start`."""
+    low, high = min(sequences), max(sequences)  # all others lie between, and share what these share
+    end = start
+    while end < len(low) and end < len(high) and low[end] == high[end]:
+        end += 1
+    return end
