@@ -10,7 +10,7 @@ from .batch import SharedPromptCollator
 from .masks import IMPLEMENTATIONS, attention_mask, layer_kinds
 
 # Small groups that a model is tried on: prompts and responses of one token, ragged, with a common first part.
-_PROBE = [
+_PROBE: list[dict[str, Any]] = [
     {"prompt": [5, 9, 2, 7, 4], "responses": [[3, 8, 6, 1], [2], [3, 8, 9]], "rewards": [0.0] * 3},
     {"prompt": [6], "responses": [[4, 4, 1], [7, 3]], "rewards": [0.0] * 2},
 ]
@@ -109,7 +109,7 @@ def _separate_logits(model: nn.Module) -> Tensor:
     device = next(model.parameters()).device
     logits = []
     for group in _PROBE:
-        prompt: list = group["prompt"]
+        prompt = group["prompt"]
         for response in group["responses"]:
             input_ids = torch.tensor([prompt + response], device=device)
             logits.append(model(input_ids=input_ids, use_cache=False).logits[0, len(prompt) - 1 : -1])

@@ -22,7 +22,7 @@ class TreeRow:
     label_rows: list[int] = field(default_factory=list)  # [N] place of the token that predicts the label
     cu_seqlens: list[int] = field(default_factory=lambda: [0])  # [B + 1] where each response's labels begin
 
-    def add(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
+    def add(self, prompt: list[int], responses: Sequence[list[int]]) -> None:
         """Append the tree of one group.
 
         Raises:
@@ -43,7 +43,7 @@ class TreeRow:
 
     def _branch(
         self,
-        responses: Sequence[Sequence[int]],
+        responses: Sequence[list[int]],
         members: list[int],
         depth: int,
         position: int,
@@ -62,7 +62,7 @@ class TreeRow:
             self._branch(responses, branch, end, position + end - depth, places)
             self._end_branch(start, end - depth)
 
-    def _append(self, tokens: Sequence[int], position: int) -> int:
+    def _append(self, tokens: list[int], position: int) -> int:
         start = len(self.input_ids)
         self.input_ids += tokens
         self.position_ids += range(position, position + len(tokens))
@@ -73,19 +73,19 @@ class TreeRow:
         self.visible_until[start : start + length] = [len(self.input_ids)] * length
 
 
-def tree_size(prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
+def tree_size(prompt: list[int], responses: Sequence[list[int]]) -> int:
     """How many tokens `TreeRow.add` appends for a group."""
     ordered = sorted(responses)
     shared = sum(_common_length([a, b], 0) for a, b in pairwise(ordered))
     return len(prompt) + sum(map(len, responses)) - shared
 
 
-def padded_size(prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
+def padded_size(prompt: list[int], responses: Sequence[list[int]]) -> int:
     """How many tokens a group takes as one padded row for each response, if it alone is a batch."""
     return len(responses) * (len(prompt) + max(map(len, responses), default=0))
 
 
-def _common_length(sequences: Sequence[Sequence[int]], start: int) -> int:
+def _common_length(sequences: Sequence[list[int]], start: int) -> int:
     """The length of the longest common prefix of sequences that agree up to `start`."""
     low, high = min(sequences), max(sequences)  # all others lie between, and share what these share
     end = start
