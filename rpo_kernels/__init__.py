@@ -1,32 +1,22 @@
-"""Fused kernels for Reward-aware Preference Optimization: from logits, or hidden states and LM head, to the loss."""
+"""Fused kernels for Reward-aware Preference Optimization: from logits, or hidden states and LM head, to the loss.
 
-from .head import linear_token_logprobs
-from .integrations.hf_head import ModelHead, find_head
-from .kernels.dispatch import backend_info
-from .logprobs import token_logprobs
-from .losses import linear_rpo_loss, rpo_loss
-from .objectives import CDPO, DPO, IPO, RPO, DistilledDPO, SimPO
-from .plan import MemoryPlan, memory_plan
-from .preference import RPOOutput, preference_loss, score_loss
+The public names are those of `_api.py`. They are imported, and torch and this package's operators with them, when the
+first of them is used, so that `rpo-kernels --help` need not load torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ._lazy import attribute
+
+if TYPE_CHECKING:
+    from ._api import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = [
-    "CDPO",
-    "DPO",
-    "IPO",
-    "RPO",
-    "DistilledDPO",
-    "MemoryPlan",
-    "ModelHead",
-    "RPOOutput",
-    "SimPO",
-    "backend_info",
-    "find_head",
-    "linear_rpo_loss",
-    "linear_token_logprobs",
-    "memory_plan",
-    "preference_loss",
-    "rpo_loss",
-    "score_loss",
-    "token_logprobs",
-]
+
+
+def __getattr__(name: str) -> Any:
+    return attribute(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *attribute(__name__, "__all__")})

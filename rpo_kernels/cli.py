@@ -17,7 +17,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        "rpo_kernels.train.run", "train", "train a model on preference data (no arguments: a demonstration)", True
+        "rpo_kernels.train.command", "train", "train a model on preference data (no arguments: a demonstration)", True
     ),
     "bench": Command("rpo_kernels.profile.bench", "bench", "time, memory and error beside other libraries", True),
     "memory": Command("rpo_kernels.profile.capacity", "bench", "memory of the loss layer, and what fits a card"),
@@ -37,19 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command = COMMANDS[name]
     try:
-        module = importlib.import_module(command.module)
+        return importlib.import_module(command.module).main(rest)
+    except KeyboardInterrupt:
+        hint = "; --resume goes on from what was saved" if command.resumes else ""
+        print(f"rpo-kernels {name}: interrupted{hint}", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         if command.extra is None or (error.name or "").startswith("rpo_kernels"):
             raise
         install = f'pip install "rpo-kernels[{command.extra}]"'
         print(f"rpo-kernels {name} needs the package {error.name!r}: {install}", file=sys.stderr)
         return 1
-    try:
-        return module.main(rest)
-    except KeyboardInterrupt:
-        hint = "; --resume goes on from what was saved" if command.resumes else ""
-        print(f"rpo-kernels {name}: interrupted{hint}", file=sys.stderr)
-        return 130
 
 
 def _help() -> str:

@@ -39,7 +39,7 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rpo_kernels.train.run.main", interrupted)
+    monkeypatch.setattr("rpo_kernels.train.command.main", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "rpo-kernels train: interrupted; --resume goes on from what was saved\n"
 
@@ -53,9 +53,25 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     assert 'pip install "rpo-kernels[train]"' in capsys.readouterr().err
 
 
-def test_the_command_does_not_load_the_trainer_for_help():
-    code = "import sys, rpo_kernels.cli as cli; cli.main(['-h']); assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]], ids=" ".join)
+def test_help_is_there_at_once(argv):
+    """Neither torch nor transformers is imported for it."""
+    code = f"import sys, rpo_kernels.cli as cli; assert cli.main({argv}) == 0; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "--train-data" in ran.stdout or "train a model" in ran.stdout
+    assert not {"torch", "numpy", "transformers"} & set(ran.stdout.splitlines()[-1].split())
+
+
+def test_names_are_imported_when_they_are_used():
+    code = (
+        "import sys, rpo_kernels; assert 'torch' not in sys.modules; from rpo_kernels import RPO, rpo_loss\n"
+        "import rpo_kernels.train as train; assert 'transformers' not in sys.modules; train.RPOTrainer\n"
+        "assert rpo_kernels.losses.rpo_loss is rpo_loss and 'rpo_loss' in dir(rpo_kernels)\n"
+        "try: rpo_kernels.nothing\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ran.stdout == "module 'rpo_kernels' has no attribute 'nothing'\n"
 
 
 def test_demonstration_in_small(tmp_path, capsys):

@@ -1,18 +1,12 @@
-"""The minimal trainer: from preference data to a trained model."""
+"""The minimal trainer: from preference data to a trained model. Its names are imported when the first is used."""
 
-from .config import RPOArguments
-from .data import DataError, Group, read_groups
-from .dataset import GroupCollator, PreferenceDataset
-from .reference import attach_reference_logps
-from .trainer import RPOTrainer
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "DataError",
-    "Group",
-    "GroupCollator",
-    "PreferenceDataset",
-    "RPOArguments",
-    "RPOTrainer",
-    "attach_reference_logps",
-    "read_groups",
-]
+from .._lazy import attribute
+
+if TYPE_CHECKING:
+    from ._api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    return attribute(__name__, name)

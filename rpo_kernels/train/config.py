@@ -1,140 +1,41 @@
 """Settings of `rpo-kernels train`: flags, a YAML file, or both."""
 
-import inspect
 import json
 from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..objectives import PRESETS, Objective
 from ..plan import parse_budget
-
-USAGE = "rpo-kernels train [config.yaml] [--flag value ...]"
-DESCRIPTION = """Train a causal language model on preference data. Without --model and --train-data: the embedded
-demonstration. Every flag may also be a line of the YAML file (flags win), and be spelt with dashes or underscores."""
-
-
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class ModelArguments:
-    """Which model, in which precision, and what of it is trained."""
-
-    _argument_group_name = "model"
-    model: str | None = _setting(None, "Model to train: a directory, a hub id or a .gguf file.")
-    ref_model: str | None = _setting(None, "Reference model; by default the model itself as it is before training.")
-    dtype: Literal["float32", "bfloat16", "float16"] = _setting(
-        "float32", "Type of the weights. For mixed precision keep float32 and give --bf16."
-    )
-    lora_rank: int = _setting(0, "Rank of a LoRA adapter to train instead of all weights; 0: none.")
-    lora_alpha: float | None = _setting(None, "LoRA's scale; by default twice the rank.")
-    lora_targets: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the modules that LoRA adapts."}
-    )
+from .settings import (
+    DESCRIPTION,
+    USAGE,
+    DataArguments,
+    ModelArguments,
+    ObjectiveArguments,
+    RunArguments,
+    TrainingDefaults,
+)
 
 
 @dataclass
-class DataArguments:
-    """Which data, and how long."""
-
-    _argument_group_name = "data"
-    train_data: str | None = _setting(None, "Training data: a JSONL file or a directory written by datasets.")
-    eval_data: str | None = _setting(None, "Held-out data, for evaluation before, during and after training.")
-    max_length: int = _setting(1024, "Tokens of prompt and response together, at most; what is over is cut.")
-    max_train_groups: int | None = _setting(None, "Use only the first groups of the training data.")
-    max_eval_groups: int | None = _setting(None, "Use only the first groups of the held-out data.")
-
-    def check(self) -> None:
-        """ValueError for a number out of range."""
-        for name, least in (("max_length", 2), ("max_train_groups", 1), ("max_eval_groups", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-@dataclass
-class ObjectiveArguments:
-    """Which objective; a parameter left out has the objective's own default."""
-
-    _argument_group_name = "objective"
-    objective: Literal["rpo", "dpo", "cdpo", "ipo", "simpo", "distilled_dpo"] = _setting(
-        "rpo", "Name of the objective."
-    )
-    distance: Literal["bwd_kl", "fwd_kl", "sq"] | None = _setting(None, "rpo: distance between rewards and targets.")
-    beta: float | None = _setting(None, "Implicit reward per unit of log-ratio.")
-    eta: float | None = _setting(None, "rpo, distilled_dpo: target per unit of reward.")
-    length_normalize: bool = _setting(False, "rpo: divide log-ratios by the response's length.")
-    reference_free: bool = _setting(False, "rpo: use the policy's log-probability alone.")
-    target_margin: float | None = _setting(None, "rpo: a fixed target for the best response, whatever the rewards.")
-    margin: float | None = _setting(None, "rpo: lead of the best response before it counts.")
-    epsilon: float | None = _setting(None, "cdpo: probability that a label is wrong.")
-    gamma: float | None = _setting(None, "simpo: target margin.")
-
-    def build(self) -> Objective:
-        """The objective.
-
-        Raises:
-            ValueError: for a parameter that the objective does not have, or out of range.
-        """
-        make = PRESETS[self.objective]
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objective"}
-        given = {name: value for name, value in given.items() if value is not None and value is not False}
-        takes = list(inspect.signature(make).parameters)
-        if unknown := sorted(set(given) - set(takes)):
-            raise ValueError(f"objective {self.objective!r} takes {takes}, not {unknown}")
-        return make(**given)
-
-
-@dataclass
-class RunArguments:
-    """What surrounds the training."""
-
-    _argument_group_name = "run"
-    resume: bool = _setting(False, "Continue from the last checkpoint in --output-dir, or start if there is none.")
-    plot: bool = _setting(False, "Write the curves to curves.png in --output-dir.")
-    loss_level: Literal["auto", "head", "logits"] = _setting(
-        "auto", "Compute the loss from hidden states and the LM head, or from logits; auto: head where possible."
-    )
-    memory_budget: str | None = _setting(
-        None, "Memory of the loss at the head level, as 512MB; default: a quarter of what is free."
-    )
-    gradient_filter: float | None = _setting(
-        None, "Head level: leave columns out of a chunk's gradient whose entries are all below this, as 1.5e-5."
-    )
-    cache_dir: str | None = _setting(
-        None, "Where the reference's log-probabilities are kept (default: ~/.cache/rpo_kernels/reference)."
-    )
-
-    def check(self) -> None:
-        """ValueError for what cannot be read, is out of range, or would be ignored."""
-        parse_budget(self.memory_budget, torch.device("cpu"))
-        if self.gradient_filter is not None and not self.gradient_filter >= 0:
-            raise ValueError(f"gradient_filter must be at least 0, got {self.gradient_filter}")
-        if self.loss_level == "logits" and (self.memory_budget is not None or self.gradient_filter is not None):
-            raise ValueError("memory_budget and gradient_filter are the head level's; loss_level is 'logits'")
-
-
-@dataclass
-class RPOArguments(TrainingArguments):
+class RPOArguments(TrainingDefaults, TrainingArguments):
     """`transformers.TrainingArguments` with defaults that fit; batch sizes count groups."""
 
-    _argument_group_name = "training (transformers.TrainingArguments; batch sizes count groups)"
-    output_dir: str | None = _setting("rpo-output", "Where the model, checkpoints, metrics and plot are written.")
-    per_device_train_batch_size: int = _setting(2, "Groups per device and micro-batch.")
-    per_device_eval_batch_size: int = _setting(4, "Groups per device and batch of evaluation.")
-    learning_rate: float = _setting(1e-6, "Initial learning rate. LoRA wants about 1e-4.")
-    num_train_epochs: float = _setting(1.0, "Passes over the training data.")
-    logging_steps: float = _setting(1, "Steps between two logs.")
-    dataloader_pin_memory: bool = _setting(torch.accelerator.is_available(), "Pin memory of the batches.")
-    remove_unused_columns: bool = _setting(False, "Must be False: the loss needs columns the model does not.")
+    dataloader_pin_memory: bool = field(
+        default=torch.accelerator.is_available(), metadata={"help": "Pin memory of the batches."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must be False: the loss needs columns the model does not."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must be False: a run stops at the first loss that is not finite."}
+    )
 
 
 class Settings(NamedTuple):
@@ -202,7 +103,7 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line and a hint; the usage of 150 flags would hide it."""
-        self.exit(2, f"rpo-kernels train: error: {message}\n(rpo-kernels train --help lists all settings)\n")
+        self.exit(2, f"rpo-kernels train: error: {message}\n(rpo-kernels train --help lists the settings)\n")
 
 
 def _flag(name: str, value: Any) -> list[str]:
@@ -210,6 +111,15 @@ def _flag(name: str, value: Any) -> list[str]:
         return []
     values = value if isinstance(value, list) else [value]
     return [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+
+
+def check_loss_layer(run: RunArguments) -> None:
+    """ValueError for what cannot be read, is out of range, or would be ignored."""
+    parse_budget(run.memory_budget, torch.device("cpu"))
+    if run.gradient_filter is not None and not run.gradient_filter >= 0:
+        raise ValueError(f"gradient_filter must be at least 0, got {run.gradient_filter}")
+    if run.loss_level == "logits" and (run.memory_budget is not None or run.gradient_filter is not None):
+        raise ValueError("memory_budget and gradient_filter are the head level's; loss_level is 'logits'")
 
 
 def parse(argv: Sequence[str], demonstration: Sequence[str]) -> tuple[Settings, bool]:
@@ -231,7 +141,7 @@ def parse(argv: Sequence[str], demonstration: Sequence[str]) -> tuple[Settings, 
     try:
         settings.objective.build()
         settings.data.check()
-        settings.run.check()
+        check_loss_layer(settings.run)
     except ValueError as error:
         parser.error(str(error))
     return settings, demo
