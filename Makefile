@@ -27,7 +27,7 @@ sanitize: $(VENV)/.test
 	PYTHON=$(BIN)/python csrc/sanitize.sh -m "not slow"
 
 gpu:
-	$(PYTHON) -m rpo_kernels.profile.gpu
+	$(PYTHON) -m rpo_kernels.benchmark.gpu
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -26,10 +26,10 @@ from rich.progress import track
 from rich.table import Table
 
 from rpo_kernels import MemoryPlan, linear_token_logprobs, memory_plan
-from rpo_kernels.profile.memory import measure_peaks
-from rpo_kernels.profile.problem import Inputs, Problem, find_truth
-from rpo_kernels.profile.providers import BUDGETS, Provider, Run, Unavailable, providers
-from rpo_kernels.profile.reports import describe_machine, format_bytes, save_json
+from rpo_kernels.benchmark.memory import measure_peaks
+from rpo_kernels.benchmark.problem import Inputs, Problem, find_truth
+from rpo_kernels.benchmark.providers import BUDGETS, Provider, Run, Unavailable, providers
+from rpo_kernels.benchmark.reports import describe_machine, format_bytes, save_json
 
 OURS, BUDGET = BUDGETS
 FILTER = "rpo_kernels filter 2^-16"
@@ -75,7 +75,7 @@ class Bench:
 
 def real_hidden_states(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states of the responses in a JSONL file `[N, H]`, the tokens they predict `[N]`, and the head `[V, H]`."""
-    from rpo_kernels.integrations.hf_head import find_head
+    from rpo_kernels.integrations.model_head import find_head
     from rpo_kernels.train.models import load_model, load_tokenizer
 
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)

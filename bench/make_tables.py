@@ -19,9 +19,9 @@ from native import summarise
 from train_levels import compare
 from train_levels import draw as draw_training
 
-from rpo_kernels.profile.capacity import memory_lines
-from rpo_kernels.profile.charts import draw_bench, draw_memory
-from rpo_kernels.profile.reports import columns_of, format_bytes, format_ms, reasons
+from rpo_kernels.benchmark.capacity import memory_lines
+from rpo_kernels.benchmark.charts import draw_bench, draw_memory
+from rpo_kernels.benchmark.reports import columns_of, format_bytes, format_ms, reasons
 
 _BLOCK = re.compile(
     r"(<!-- begin results: (?P<path>\S+)(?: (?P<only>tables|charts))? -->\n).*?(<!-- end results -->)", re.DOTALL

@@ -21,8 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 from rpo_kernels import token_logprobs
-from rpo_kernels.kernels import definition, native
-from rpo_kernels.profile.reports import describe_machine, save_json
+from rpo_kernels.benchmark.reports import describe_machine, save_json
+from rpo_kernels.kernels import native, reference
 
 SEQUENCES = 8
 MAIN = (torch.bfloat16, 128256, 1.0)
@@ -128,7 +128,7 @@ class Case:
     def errors(self) -> dict[str, float]:
         """Largest error in a log-probability against float64, nats, over the first rows of each sequence."""
         few = slice(0, 4)
-        exact = definition.row_stats(self.logits[:, few].double(), self.labels[:, few]).logp
+        exact = reference.row_stats(self.logits[:, few].double(), self.labels[:, few]).logp
         functions = {OURS: functools.partial(token_logprobs, backend="native"), **self.peers}
         return {
             name: (self.forward(function)[:, few].double() - exact).abs().max().item()

@@ -7,10 +7,10 @@ A provider that cannot run here is skipped with the reason; one that is wrong by
 import pytest
 import torch
 
-from rpo_kernels.profile.bench import check, verdict
-from rpo_kernels.profile.problem import Inputs, Problem, find_truth, sequences_of
-from rpo_kernels.profile.providers import Unavailable, providers
-from rpo_kernels.profile.timing import preserved
+from rpo_kernels.benchmark.bench import check, verdict
+from rpo_kernels.benchmark.problem import Inputs, Problem, find_truth, sequences_of
+from rpo_kernels.benchmark.providers import Unavailable, providers
+from rpo_kernels.benchmark.timing import preserved
 
 KINDS = {"logits": "logits", "head": "head", "frozen": "head"}
 CASES = [(kind, provider) for kind, level in KINDS.items() for provider in providers(level)]

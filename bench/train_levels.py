@@ -20,7 +20,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rpo_kernels.profile.reports import describe_machine, format_bytes, same_setup, save_json
+from rpo_kernels.benchmark.reports import describe_machine, format_bytes, same_setup, save_json
 
 RUNS = {
     "logits": ["--loss-level", "logits"],

@@ -17,9 +17,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rpo_kernels.kernels import triton_rows, triton_sequences
-from rpo_kernels.kernels.contract import RowStats
-from rpo_kernels.kernels.triton_sequences import SequenceReduction, Tokens
+from rpo_kernels.fused import kernel as fused_kernel
+from rpo_kernels.fused.kernel import SequenceReduction, Tokens
+from rpo_kernels.kernels.interface import RowStats
+from rpo_kernels.kernels.triton import grad, stats
+from rpo_kernels.kernels.triton import tiling as tilings
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,7 +32,7 @@ TARGETS = {
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ABSENT = "constexpr"  # an argument that is None is a constant to Triton
-INTEGERS = dict.fromkeys(triton_rows.INTEGERS, "i32")
+INTEGERS = dict.fromkeys(tilings.INTEGERS, "i32")
 STRIDES = ("i32", "i32")
 
 
@@ -88,13 +90,13 @@ def row_stats(dtype, columns, target, softcap=False, extras=False, running=False
     name = _name("row_stats", dtype, shape, softcap=softcap, extras=extras, running=running, split=split)
     absent = ([] if split else [(3,)]) + ([] if extras else [(2, 4), (2, 5)])
     per_thread = tiling.vector * tiling.steps
-    return Build(name, triton_rows.row_stats_kernel, signature, flags | shape, absent, num_warps, per_thread)
+    return Build(name, stats.row_stats_kernel, signature, flags | shape, absent, num_warps, per_thread)
 
 
 def combine() -> Build:
     signature = dict(logits="*bf16", partial="*fp32", **_stats_arguments(True))
     flags = dict(SOFTCAP=False, SHIFT=False, EXTRAS=True, RUNNING=True, SPLITS=16)
-    return Build("combine splits=16", triton_rows.combine_kernel, signature, flags, [], 1)
+    return Build("combine splits=16", stats.combine_kernel, signature, flags, [], 1)
 
 
 def row_grad(dtype, columns, target, out=None, softcap=False, active=False, vector=None) -> Build:
@@ -111,7 +113,7 @@ def row_grad(dtype, columns, target, out=None, softcap=False, active=False, vect
     name = _name("row_grad", dtypes, shape, softcap=softcap, active=active)
     absent = [] if active else [(2,)]
     per_thread = tiling.vector * tiling.steps
-    return Build(name, triton_rows.row_grad_kernel, signature, flags | shape, absent, num_warps, per_thread)
+    return Build(name, grad.row_grad_kernel, signature, flags | shape, absent, num_warps, per_thread)
 
 
 def sequence_builds() -> list[Build]:
@@ -125,19 +127,19 @@ def sequence_builds() -> list[Build]:
 
 
 def sequence_reduce(distance, target, num_sequences, length, size, packed=False, ragged=False) -> Build:
-    shape = triton_sequences.choose_blocks(num_sequences, length, num_sequences // size, size)
+    shape = fused_kernel.choose_blocks(num_sequences, length, num_sequences // size, size)
     signature = dict(tokens=Tokens("*fp32", "*i64", "*fp32", "*fp32"), strides=("i32",) * 4)  # type: ignore[arg-type]
     signature |= dict(rewards="*fp32", lengths="*fp32", out=SequenceReduction(*["*fp32"] * 8))  # type: ignore
     signature |= dict(cu_seqlens="*i32") if packed else {}
     signature |= dict(index="*i64") if ragged else {}
-    signature |= dict.fromkeys(triton_sequences.INTEGERS, "i32")
-    signature |= dict.fromkeys(("beta", "eta", "margin", "target_margin"), "fp32")
+    signature |= dict.fromkeys(fused_kernel.INTEGERS, "i32")
+    signature |= dict.fromkeys(("beta", "eta", "gamma", "target_margin"), "fp32")
     flags = dict(DISTANCE=distance, TARGET=target, SHIFT=True)
-    names = triton_sequences.sequence_reduce_kernel.arg_names
+    names = fused_kernel.sequence_reduce_kernel.arg_names
     absent = [(names.index(name),) for name in ("ref_logps", "cu_seqlens", "index") if name not in signature]
     name = _name("sequence_reduce", f"{distance} {target}", shape, packed=packed, ragged=ragged)
-    kernel = triton_sequences.sequence_reduce_kernel
-    return Build(name, kernel, signature, flags | shape, absent, triton_sequences.NUM_WARPS)
+    kernel = fused_kernel.sequence_reduce_kernel
+    return Build(name, kernel, signature, flags | shape, absent, fused_kernel.NUM_WARPS)
 
 
 def facts(build: Build, target_name: str) -> dict[str, Any]:
@@ -201,9 +203,9 @@ def _amd_resources(assembly: str) -> dict[str, int]:
 
 
 def _tiling(columns, vector, target):
-    lanes = triton_rows.NUM_WARPS * target.warp_size
-    tiling = triton_rows.choose_tiling(8192, columns, vector, 132)._replace(lanes=lanes)
-    return tiling, dict(VECTOR=tiling.vector, LANES=lanes, STEPS=tiling.steps), triton_rows.NUM_WARPS
+    lanes = tilings.NUM_WARPS * target.warp_size
+    tiling = tilings.choose_tiling(8192, columns, vector, 132)._replace(lanes=lanes)
+    return tiling, dict(VECTOR=tiling.vector, LANES=lanes, STEPS=tiling.steps), tilings.NUM_WARPS
 
 
 def _stats_arguments(extras: bool) -> dict[str, Any]:

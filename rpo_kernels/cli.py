@@ -19,8 +19,8 @@ COMMANDS = {
     "train": Command(
         "rpo_kernels.train.command", "train", "train a model on preference data (no arguments: a demonstration)", True
     ),
-    "bench": Command("rpo_kernels.profile.bench", "bench", "time, memory and error beside other libraries", True),
-    "memory": Command("rpo_kernels.profile.capacity", "bench", "memory of the loss layer, and what fits a card"),
+    "bench": Command("rpo_kernels.benchmark.bench", "bench", "time, memory and error beside other libraries", True),
+    "memory": Command("rpo_kernels.benchmark.capacity", "bench", "memory of the loss layer, and what fits a card"),
     "info": Command("rpo_kernels.info", None, "show the version and which backends are live"),
 }
 

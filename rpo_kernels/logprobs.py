@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .checks import checks_values
+from ._checks import checks_values
+from ._registration import TOKEN_OPTIONS, register
 from .kernels import dispatch
-from .kernels.contract import RowStats, TokenOptions
-from .registration import TOKEN_OPTIONS, register
+from .kernels.interface import RowStats, TokenOptions
 
 _GRAD_INPUTS = "Tensor labels, Tensor logps, Tensor max, Tensor sumexp, Tensor grad_logps"
 

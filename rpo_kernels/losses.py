@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head import logprobs_and_dropped
-from .kernels.contract import TokenOptions
+from .head.operator import logprobs_and_dropped
+from .kernels.interface import TokenOptions
 from .logprobs import token_logprobs
 from .objectives import RPO, Objective
 from .preference import PreferenceBatch, RPOOutput

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import checks_values
+from ._checks import checks_values
 from .fused import rpo_reduce
 from .kernels import dispatch
-from .objectives import PRESETS, RPO, Objective, agreement
+from .objectives import PRESETS, RPO, Objective, ranking_metrics
 from .sequences import Groups, Layout, Segments, find_groups, find_segments
 
 
@@ -195,7 +195,7 @@ class PreferenceBatch(NamedTuple):
                 f"objective must return a loss for each of the {groups.count} groups; got {list(group_losses.shape)}"
             )
         implicit = getattr(self.objective, "beta", 1.0) * log_ratios.detach()
-        accuracy, margin = agreement(groups.gather(implicit), rewards, groups.present)
+        accuracy, margin = ranking_metrics(groups.gather(implicit), rewards, groups.present)
         return RPOOutput(group_losses.mean(), group_losses, logps, ref_logps, implicit, accuracy, margin)
 
     def _fused_loss(

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .checks import checks_values
+from ._checks import checks_values
 
 Layout = Literal["grouped", "stacked"]
 

@@ -29,7 +29,7 @@ def live_backend():
 
     def find(name: str) -> tuple[str, str]:
         on = DEVICE if name == "triton" else "cpu"
-        reason = dispatch.why_not(name, on, torch.float32)
+        reason = dispatch.unavailable_reason(name, on, torch.float32)
         if reason is not None:
             pytest.skip(f"{name}: {reason}")
         return name, on

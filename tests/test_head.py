@@ -8,14 +8,13 @@ import reference
 from rpo_kernels import (
     RPO,
     SimPO,
-    head_tiles,
     linear_rpo_loss,
     linear_token_logprobs,
     memory_plan,
-    plan,
-    products,
     rpo_loss,
 )
+from rpo_kernels.head import gemm, plan, tiles
+from rpo_kernels.head.schedule import Saved
 from rpo_kernels.kernels import dispatch
 
 OPS = torch.ops.rpo_kernels
@@ -248,14 +247,14 @@ def test_only_what_needs_a_gradient_is_computed(backend, backend_device, needs, 
     _, gradients = expected(hidden, weight, bias, labels, factors)
     rows = int((labels != -100).sum())
     done = []
-    for name, first in (("multiply", 0), ("add_product", 1)):
+    for name, first in (("matmul", 0), ("add_matmul", 1)):
 
-        def counted(*args, original=getattr(products, name), first=first):
+        def counted(*args, original=getattr(gemm, name), first=first):
             left, right = args[first : first + 2]
             done.append(left.shape[0] * left.shape[1] * right.shape[1])
             original(*args)
 
-        monkeypatch.setattr(products, name, counted)
+        monkeypatch.setattr(gemm, name, counted)
     of_weight = "w" in needs or "b" in needs
     for kept in ("none", "some", "all") if of_weight else ("none",):
         done.clear()
@@ -299,11 +298,11 @@ def test_the_way_of_accelerators(live_backend, monkeypatch, mixed, gradient_filt
         out.copy_(product if mixed else product.to(left.dtype))
 
     backend, _ = live_backend("native")
-    for module in (plan, head_tiles):
+    for module in (plan, tiles):
         monkeypatch.setattr(module, "operand_dtype", lambda dtype, device: dtype)
-    monkeypatch.setattr(products, "results_in_float32", lambda device, dtype: mixed or dtype.itemsize >= 4)
-    monkeypatch.setattr(products, "multiply", multiply)
-    monkeypatch.setattr(products, "add_product", lambda total, left, right: total.add_(left.float() @ right.float()))
+    monkeypatch.setattr(gemm, "results_in_float32", lambda device, dtype: mixed or dtype.itemsize >= 4)
+    monkeypatch.setattr(gemm, "matmul", multiply)
+    monkeypatch.setattr(gemm, "add_matmul", lambda total, left, right: total.add_(left.float() @ right.float()))
     hidden, weight, bias, labels = make(dtype=torch.bfloat16, bias=True)
     factors = factors_for(labels)
     values, exact = expected(hidden, weight, bias, labels, factors, softcap=30.0)
@@ -389,13 +388,13 @@ def test_filter_of_zero_is_exact(backend, backend_device):
 def test_filter_saves_products(backend, backend_device, monkeypatch):
     hidden, weight, bias, labels = sparse(backend_device)
     widths = []
-    original = products.add_product
+    original = gemm.add_matmul
 
     def counted(total, left, right):
         widths.append(left.shape[1])
         original(total, left, right)
 
-    monkeypatch.setattr(products, "add_product", counted)
+    monkeypatch.setattr(gemm, "add_matmul", counted)
     hidden = hidden.detach().requires_grad_()
     linear_token_logprobs(hidden, weight.detach(), labels, bias=bias, gradient_filter=2**-7, backend=backend)
     chunks = len(range(0, int((labels != -100).sum()), 16))
@@ -496,7 +495,7 @@ def test_nothing_is_kept_without_grad(backend, backend_device):
         outputs = OPS.linear_token_logprobs(
             hidden.flatten(0, 1), weight, None, labels, 1.0, None, 1.0, -100, False, False, False, None, None, backend
         )
-    saved = head_tiles.Saved(*outputs[2:])
+    saved = Saved(*outputs[2:])
     assert saved.kept.numel() == saved.unit.numel() == saved.log_scale.numel() == 0
 
 
@@ -597,7 +596,7 @@ def test_errors_name_the_argument():
 
 def test_labels_out_of_range_read_nothing_out_of_bounds(backend, backend_device, monkeypatch):
     """As on an accelerator, where the range is not checked: -inf, and finite gradients."""
-    monkeypatch.setattr("rpo_kernels.head.check_label_range", lambda *_: None)
+    monkeypatch.setattr("rpo_kernels.head.operator.check_label_range", lambda *_: None)
     hidden, weight, _, labels = make(device=backend_device)
     labels[0, :3] = torch.tensor([700, -7, 2**40], device=backend_device)
     logps = linear_token_logprobs(hidden, weight, labels, backend=backend)

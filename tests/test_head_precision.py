@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rpo_kernels import linear_token_logprobs
-from rpo_kernels.profile.problem import Inputs, Problem, find_truth
+from rpo_kernels.benchmark.problem import Inputs, Problem, find_truth
 
 # What rounding costs that cannot be avoided: once for the gradient of the hidden states, its own; twice for that of the
 # weight, U's and its own.

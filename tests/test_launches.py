@@ -54,9 +54,10 @@ def _launches_on_gpu(step):
 @pytest.mark.parametrize("rows_fill_the_chip", [True, False])
 def test_launches(live_backend, launches, monkeypatch, rows_fill_the_chip):
     backend, device = live_backend("triton")
-    from rpo_kernels.kernels import triton_rows
+    from rpo_kernels.kernels.triton import grad, stats
 
-    monkeypatch.setattr(triton_rows, "_processors", lambda _: 1 if rows_fill_the_chip else 1024)
+    for module in (stats, grad):
+        monkeypatch.setattr(module, "processors", lambda _: 1 if rows_fill_the_chip else 1024)
     logits, labels, rewards, ref = make(device, 16384)
 
     def forward():

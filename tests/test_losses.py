@@ -7,7 +7,7 @@ import torch
 
 import reference
 from rpo_kernels import CDPO, DPO, IPO, RPO, SimPO, rpo_loss
-from rpo_kernels.objectives import agreement
+from rpo_kernels.objectives import ranking_metrics
 
 OBJECTIVES = {
     "bwd_kl": RPO("bwd_kl", beta=0.3, eta=1.3),
@@ -58,7 +58,7 @@ def check(out, expected, logits, rewards, index, tolerance=2e-5):
     widest = max(map(len, index))
     padded = torch.tensor([[*members, *[-1] * (widest - len(members))] for members in index], device=rewards.device)
     present = padded >= 0
-    accuracy, margin = agreement(implicit.detach()[padded], rewards[padded].double(), present)
+    accuracy, margin = ranking_metrics(implicit.detach()[padded], rewards[padded].double(), present)
     torch.testing.assert_close(out.accuracy.double(), accuracy, equal_nan=True)
     torch.testing.assert_close(out.margin.double(), margin, rtol=tolerance, atol=tolerance, equal_nan=True)
     (grad,) = torch.autograd.grad(out.loss, logits, retain_graph=True)

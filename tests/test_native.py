@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpo_kernels.kernels import definition, native
-from rpo_kernels.kernels.contract import ActiveColumns, TokenOptions
+from rpo_kernels.kernels import native, reference
+from rpo_kernels.kernels.interface import ActiveColumns, TokenOptions
 
 ROOT = Path(__file__).parent.parent
 needs_native = pytest.mark.skipif(not native.available(), reason=f"native: {native.reason()}")
@@ -51,8 +51,8 @@ def make_batch(shape=(2, 3, 1003), dtype=torch.float32, spread=6.0, seed=0):
 
 def exactly(logits, labels, grad_logps, options):
     """Statistics and gradient by the definition in float64."""
-    stats = definition.row_stats(logits.double(), labels, options, extras=True)
-    return stats, definition.row_grad(logits.double(), labels, stats, grad_logps.double(), options)
+    stats = reference.row_stats(logits.double(), labels, options, extras=True)
+    return stats, reference.row_grad(logits.double(), labels, stats, grad_logps.double(), options)
 
 
 # Vector levels.
@@ -110,12 +110,12 @@ def test_maximum_anywhere(level):
     for column in (0, 300, 8191, 8192, 32767, 32768, 39999):
         logits, labels, _ = make_batch((1, 1, vocab), spread=1.0)
         logits[0, 0, column] = 45.0
-        exact = definition.row_stats(logits.double(), labels, extras=True)
+        exact = reference.row_stats(logits.double(), labels, extras=True)
         stats = native.row_stats(logits, labels, extras=True)
         torch.testing.assert_close(stats.logp.double(), exact.logp, rtol=0, atol=3e-6)
         torch.testing.assert_close(stats.entropy.double(), exact.entropy, rtol=0, atol=2e-6)
     rising = torch.linspace(-50, 50, vocab).view(1, 1, vocab)
-    exact = definition.row_stats(rising.double(), torch.zeros(1, 1, dtype=torch.long), extras=True)
+    exact = reference.row_stats(rising.double(), torch.zeros(1, 1, dtype=torch.long), extras=True)
     stats = native.row_stats(rising, torch.zeros(1, 1, dtype=torch.long), extras=True)
     torch.testing.assert_close(stats.sumexp.double(), exact.sumexp, rtol=1e-6, atol=0)
     torch.testing.assert_close(stats.entropy.double(), exact.entropy, rtol=0, atol=2e-6)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
 
 from rpo_kernels import CDPO, DPO, IPO, RPO, DistilledDPO, SimPO
-from rpo_kernels.objectives import agreement
+from rpo_kernels.objectives import ranking_metrics
 
 BETA, ETA = 0.3, 1.7
 DISTANCES = ("bwd_kl", "fwd_kl", "sq")
@@ -170,13 +170,13 @@ def test_accuracy_and_margin():
     rewards = torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 0.0]])
     implicit = torch.tensor([[0.5, 0.1, 0.9], [2.0, -1.0, 2.0]])
     # Group 0: 0>1 right, 0>2 wrong, 2>1 right. Group 1: 0>2 tie, 1>2 wrong; 0 and 1 have equal rewards.
-    accuracy, margin = agreement(implicit, rewards)
+    accuracy, margin = ranking_metrics(implicit, rewards)
     assert accuracy.item() == pytest.approx(2.5 / 5)
     assert margin.item() == pytest.approx(((0.5 - 0.1) + (2.0 - 2.0)) / 2)
     present = torch.tensor([[True, True, True], [True, False, False]])
-    accuracy, margin = agreement(implicit, rewards, present)
+    accuracy, margin = ranking_metrics(implicit, rewards, present)
     assert accuracy.item() == pytest.approx(2 / 3) and margin.item() == pytest.approx(0.4)
-    assert agreement(implicit[:, :1], rewards[:, :1])[0].isnan()
+    assert ranking_metrics(implicit[:, :1], rewards[:, :1])[0].isnan()
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_accuracy_and_margin():
         (dict(beta=0.0), "beta"),
         (dict(beta=math.inf), "beta"),
         (dict(eta=-1.0), "eta"),
-        (dict(margin=math.nan), "margin"),
+        (dict(gamma=math.nan), "gamma"),
         (dict(target_margin=math.nan), "target_margin"),
         (dict(distance="fwd_kl", target_margin=math.inf), "target_margin"),
         (dict(distance="sq", target_margin=math.inf), "target_margin"),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rpo_kernels import head_tiles, linear_token_logprobs, memory_plan, plan, products
+from rpo_kernels import linear_token_logprobs, memory_plan
+from rpo_kernels.head import gemm, plan, tiles
 
 CPU = torch.device("cpu")
 
@@ -182,11 +183,11 @@ def test_predicted_peak_of_an_accelerator(live_backend, monkeypatch, needs, budg
         total.numpy()[...] += as_numpy(left) @ as_numpy(right)
 
     live_backend("native")
-    for module in (plan, head_tiles):
+    for module in (plan, tiles):
         monkeypatch.setattr(module, "operand_dtype", lambda dtype, device: dtype)
-    monkeypatch.setattr(products, "results_in_float32", lambda device, dtype: True)
-    monkeypatch.setattr(products, "multiply", multiply)
-    monkeypatch.setattr(products, "add_product", add_product)
+    monkeypatch.setattr(gemm, "results_in_float32", lambda device, dtype: True)
+    monkeypatch.setattr(gemm, "matmul", multiply)
+    monkeypatch.setattr(gemm, "add_matmul", add_product)
     chosen, measured = predicted_and_measured(600, 800, 128, 16384, torch.bfloat16, needs, budget, "native")
     # A CPU multiplies bfloat16 by float32 by way of a float32 copy, which a GPU does not make.
     copy = chosen.chunk_rows * 128 * 4

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from rpo_kernels.kernels import definition, dispatch
-from rpo_kernels.kernels.contract import ActiveColumns, TokenOptions
+from rpo_kernels.kernels import dispatch, reference
+from rpo_kernels.kernels.interface import ActiveColumns, TokenOptions
 
 # Triton's interpreter computes in NumPy, which warns where exponentials of huge logits overflow as intended.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -26,7 +26,7 @@ def rows(backend, backend_device, monkeypatch):
     """The backend's module; Triton's blocks are made small, so that small rows have several, and a partial one."""
     module = dispatch.rows(torch.empty(1, 1, 1, device=backend_device), backend)
     if backend == "triton":
-        monkeypatch.setattr(module, "LANES", 32)
+        monkeypatch.setattr("rpo_kernels.kernels.triton.tiling.LANES", 32)
         if backend_device == "cpu":
             monkeypatch.setitem(HALF_ULP, torch.bfloat16, 2**-7)  # the interpreter truncates to bfloat16
     return module
@@ -44,7 +44,7 @@ def make_batch(device, shape=(2, 3, 300), dtype=torch.float32, seed=0):
 
 def assert_stats_match(stats, logits, labels, options=PLAIN, logp_error=2e-6, **kwargs):
     """Compare with the definition in float64, field by field."""
-    expected = definition.row_stats(logits.double().cpu(), labels.cpu(), options, **kwargs)
+    expected = reference.row_stats(logits.double().cpu(), labels.cpu(), options, **kwargs)
     bounds = dict(logp=(0, logp_error), max=(2e-7, 2e-7), sumexp=(2e-5, 0), label_logit=(2e-7, 2e-7))
     # The weighted sum nears cancellation, entropy does not; the sum of logits cancels to its terms' rounding.
     bounds |= dict(weighted=(2e-5, 2e-5), total=(2e-6, logits.shape[-1] * 1e-6))
@@ -66,8 +66,8 @@ def assert_stats_match(stats, logits, labels, options=PLAIN, logp_error=2e-6, **
 
 def assert_grad_matches(grad, logits, labels, grad_logps, options=PLAIN):
     """Compare with the definition in float64: each entry to half a unit in the last place and a little more."""
-    exact = definition.row_stats(logits.double().cpu(), labels.cpu(), options)
-    expected = definition.row_grad(logits.double().cpu(), labels.cpu(), exact, grad_logps.double().cpu(), options)
+    exact = reference.row_stats(logits.double().cpu(), labels.cpu(), options)
+    expected = reference.row_grad(logits.double().cpu(), labels.cpu(), exact, grad_logps.double().cpu(), options)
     assert grad.shape == logits.shape
     rounding = HALF_ULP[grad.dtype] * 1.01
     smallest = 2**-24 if grad.dtype == torch.float16 else 1e-12
@@ -96,9 +96,9 @@ def test_definition_is_log_softmax_and_its_gradient(options):
     logps = torch.nn.functional.pad(picked.masked_fill(~scored, 0), (first, 0))
     logps.backward(grad_logps)
 
-    stats = definition.row_stats(logits.detach(), labels, options, extras=True)
+    stats = reference.row_stats(logits.detach(), labels, options, extras=True)
     torch.testing.assert_close(stats.logp, logps.detach(), rtol=0, atol=1e-12)
-    grad = definition.row_grad(logits.detach(), labels, stats, grad_logps, options)
+    grad = reference.row_grad(logits.detach(), labels, stats, grad_logps, options)
     torch.testing.assert_close(grad, x.grad, rtol=0, atol=1e-13)
     if not options.shift:
         entropy = -(all_logps.exp() * all_logps).sum(-1).masked_fill(~scored, 0)
@@ -136,7 +136,7 @@ def test_extras(rows, backend_device, options):
     logits[0, 0, 5] = -torch.inf
     stats = rows.row_stats(logits, labels, options, extras=True)
     assert_stats_match(stats, logits, labels, options, logp_error=8e-6, extras=True)
-    exact = definition.row_stats(logits.double().cpu(), labels.cpu(), options, extras=True)
+    exact = reference.row_stats(logits.double().cpu(), labels.cpu(), options, extras=True)
     torch.testing.assert_close(stats.entropy.double().cpu(), exact.entropy, rtol=0, atol=5e-6)
     assert (stats.is_argmax.cpu() == exact.is_argmax).all()
 
@@ -214,7 +214,7 @@ def test_ignored_rows_are_not_read(rows, backend_device, shift, ignore_index):
     logits, labels, grad_logps = make_batch(backend_device, (2, 4, 300))
     labels[labels == 3] = 4
     labels[0, 1] = labels[1, 3] = labels[1, 2] = ignore_index
-    target = definition.labels_of_rows(labels, options)
+    target = reference.labels_of_rows(labels, options)
     logits[target == ignore_index] = torch.nan
     stats = rows.row_stats(logits, labels, options, extras=True)
     unscored = labels == ignore_index
@@ -294,8 +294,8 @@ def test_active_columns(rows, backend_device, name):
     options, threshold = TRANSFORMS[name], 2**-7
     logits, labels, grad_logps = make_batch(backend_device, (2, 3, 331), torch.bfloat16)
     stats = rows.row_stats(logits, labels, options)
-    exact = definition.row_stats(logits.double(), labels, options)
-    expected = definition.row_grad(logits.double(), labels, exact, grad_logps.double(), options)
+    exact = reference.row_stats(logits.double(), labels, options)
+    expected = reference.row_grad(logits.double(), labels, exact, grad_logps.double(), options)
     largest = expected.abs().flatten(0, 1).amax(0)
     assert ((largest - threshold).abs() > 1e-6 * threshold).all()  # none so near that rounding decides
     mask = torch.zeros(331, dtype=torch.uint8, device=backend_device)

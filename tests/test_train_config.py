@@ -20,7 +20,7 @@ def settings(*argv):
         ([], RPO()),
         (["--objective", "rpo", "--distance", "sq", "--beta", "0.2", "--eta", "3"], RPO("sq", beta=0.2, eta=3)),
         (["--length-normalize", "--reference_free", "true"], RPO(length_normalize=True, reference_free=True)),
-        (["--target-margin", "inf", "--margin", "0.5"], RPO(target_margin=math.inf, margin=0.5)),
+        (["--target-margin", "inf", "--gamma", "0.5"], RPO(target_margin=math.inf, gamma=0.5)),
         (["--objective", "dpo", "--beta", "0.3"], DPO(beta=0.3)),
         (["--objective", "cdpo", "--epsilon", "0.2"], CDPO(epsilon=0.2)),
         (["--objective", "ipo"], IPO()),

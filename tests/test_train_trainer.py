@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import two_processes
 from rpo_kernels import DPO, RPO, SimPO
-from rpo_kernels.objectives import agreement
+from rpo_kernels.objectives import ranking_metrics
 from rpo_kernels.train import RPOTrainer, attach_reference_logps
 from rpo_kernels.train.config import ModelArguments
 from rpo_kernels.train.demo import tokenizer
@@ -66,7 +66,7 @@ def test_evaluation_equals_direct_computation(tmp_path, objective, sizes):
     assert metrics["eval_loss"] == pytest.approx(torch.stack([row[0] for row in rows]).mean().item(), rel=1e-4)
     agreeing, pairs, margins, best, worst = 0, 0, [], [], []
     for _, implicit, rewards, logps in rows:
-        share, margin = agreement(implicit[None], rewards[None])
+        share, margin = ranking_metrics(implicit[None], rewards[None])
         count = len(rewards) * (len(rewards) - 1) // 2
         agreeing, pairs = agreeing + share.item() * count, pairs + count
         margins.append(margin.item())

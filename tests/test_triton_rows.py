@@ -5,8 +5,12 @@ import torch
 
 from test_rows import PLAIN, TRANSFORMS, assert_grad_matches, assert_stats_match, make_batch
 
-triton_rows = pytest.importorskip("rpo_kernels.kernels.triton_rows", exc_type=ImportError)
-Tiling = triton_rows.Tiling
+triton_rows = pytest.importorskip("rpo_kernels.kernels.triton", exc_type=ImportError)
+from rpo_kernels.kernels.triton import grad as grad_module  # noqa: E402
+from rpo_kernels.kernels.triton import stats as stats_module  # noqa: E402
+from rpo_kernels.kernels.triton import tiling as tilings  # noqa: E402
+
+Tiling = tilings.Tiling
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -16,9 +20,10 @@ def tile(monkeypatch):
     """Force a tiling: `tile(lanes, steps, splits)`; the vector stays what the addresses allow."""
 
     def force(lanes, steps, splits):
-        monkeypatch.setattr(
-            triton_rows, "choose_tiling", lambda rows, columns, vector, processors: Tiling(vector, lanes, steps, splits)
-        )
+        for module in (stats_module, grad_module):
+            monkeypatch.setattr(
+                module, "choose_tiling", lambda rows, columns, vector, processors: Tiling(vector, lanes, steps, splits)
+            )
 
     return force
 
@@ -108,14 +113,14 @@ def test_out_at_another_address(device, tile, gap):
 def test_common_vector(shape, strides, gap, vector):
     a = torch.empty(shape, dtype=torch.bfloat16)
     b = torch.empty(1000, dtype=torch.bfloat16)[gap:].as_strided(shape, (*strides, 1))
-    assert triton_rows._common_vector(a, b) == triton_rows._common_vector(b, a) == vector
+    assert tilings.common_vector(a, b) == tilings.common_vector(b, a) == vector
 
 
 def test_common_vector_of_two_dtypes():
     logits = torch.empty(2, 3, 64)
     memory = torch.empty(1000, dtype=torch.bfloat16)
-    assert triton_rows._common_vector(logits, memory[: 6 * 64].view(2, 3, 64)) == 8
-    assert triton_rows._common_vector(logits, memory[4 : 4 + 6 * 64].view(2, 3, 64)) == 4
+    assert tilings.common_vector(logits, memory[: 6 * 64].view(2, 3, 64)) == 8
+    assert tilings.common_vector(logits, memory[4 : 4 + 6 * 64].view(2, 3, 64)) == 4
 
 
 def test_offsets_beyond_31_bits(device):
@@ -133,16 +138,16 @@ def test_offsets_beyond_31_bits(device):
 
 
 def test_choose_tiling():
-    lanes = triton_rows.LANES
-    assert triton_rows.choose_tiling(8192, 128256, 8, 132) == Tiling(8, lanes, 4, 1)
-    assert triton_rows.choose_tiling(8192, 100, 8, 132) == Tiling(8, lanes, 1, 1)
+    lanes = tilings.LANES
+    assert tilings.choose_tiling(8192, 128256, 8, 132) == Tiling(8, lanes, 4, 1)
+    assert tilings.choose_tiling(8192, 100, 8, 132) == Tiling(8, lanes, 1, 1)
     for rows in (1, 3, 100, 527, 528):
-        tiling = triton_rows.choose_tiling(rows, 128256, 8, 132)
+        tiling = tilings.choose_tiling(rows, 128256, 8, 132)
         blocks = -(-128256 // (8 * lanes * 4))
         assert rows * tiling.splits >= min(4 * 132, rows * blocks)
         assert tiling.splits < 2 * blocks
     # A row of one block is never split.
-    assert triton_rows.choose_tiling(1, 4000, 8, 132).splits == 1
+    assert tilings.choose_tiling(1, 4000, 8, 132).splits == 1
 
 
 def test_errors_name_the_argument(device):

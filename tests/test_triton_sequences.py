@@ -9,7 +9,7 @@ import torch
 from rpo_kernels.objectives import DPO, IPO, RPO, SimPO
 from rpo_kernels.sequences import Groups
 
-triton_sequences = pytest.importorskip("rpo_kernels.kernels.triton_sequences", exc_type=ImportError)
+triton_sequences = pytest.importorskip("rpo_kernels.fused.kernel", exc_type=ImportError)
 sequence_reduce = triton_sequences.sequence_reduce
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -46,7 +46,7 @@ def reference_group_loss(a, rewards, objective):
     """Loss of one group of K responses, from DESIGN's table, by loops."""
     size = len(a)
     best = rewards == rewards.max()
-    a = a - objective.margin * best
+    a = a - objective.gamma * best
     if objective.target_margin == math.inf:
         q = best / best.sum()
     else:

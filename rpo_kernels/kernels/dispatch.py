@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import definition
+from . import reference
 
 BACKENDS = ("triton", "native", "torch")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -25,10 +25,10 @@ def choose(logits: Tensor, backend: str | None) -> str:
     """
     if backend is None:
         fastest = "native" if logits.device.type == "cpu" else "triton"
-        return fastest if why_not(fastest, logits.device.type, logits.dtype) is None else "torch"
+        return fastest if unavailable_reason(fastest, logits.device.type, logits.dtype) is None else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
-    reason = why_not(backend, logits.device.type, logits.dtype)
+    reason = unavailable_reason(backend, logits.device.type, logits.dtype)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot serve {logits.dtype} logits on {logits.device}: {reason}")
     return backend
@@ -38,8 +38,8 @@ def rows(logits: Tensor, backend: str | None) -> ModuleType:
     """The module whose `row_stats` and `row_grad` serve these logits; errors as `choose`."""
     name = choose(logits, backend)
     if name == "torch":
-        return definition
-    return importlib.import_module(".triton_rows" if name == "triton" else ".native", __package__)
+        return reference
+    return importlib.import_module(".triton" if name == "triton" else ".native", __package__)
 
 
 def fuses_objective(logps: Tensor, backend: str | None) -> bool:
@@ -48,7 +48,7 @@ def fuses_objective(logps: Tensor, backend: str | None) -> bool:
 
 
 @functools.cache
-def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+def unavailable_reason(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot serve tensors of this device and dtype, or None if it can."""
     if backend == "torch":
         return None
@@ -77,7 +77,7 @@ def backend_info() -> dict[str, dict[str, Any]]:
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     info: dict[str, dict[str, Any]] = {}
     for name, device in (("triton", cuda), ("native", "cpu"), ("torch", cuda)):
-        reason, version = why_not(name, device, torch.float32), None
+        reason, version = unavailable_reason(name, device, torch.float32), None
         try:
             version = _versions(name) if reason is None else None
         except ValueError as error:  # RPO_KERNELS_NATIVE_LEVEL names a level that does not run here

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import ActiveColumns, RowStats, TokenOptions
+from .interface import ActiveColumns, RowStats, TokenOptions
 
 LIBRARY = Path(__file__).parent.parent / "_native.so"
 LEVEL_VARIABLE = "RPO_KERNELS_NATIVE_LEVEL"
@@ -77,7 +77,7 @@ def row_stats(
     running: RowStats | None = None,
     extras: bool = False,
 ) -> RowStats:
-    """As `definition.row_stats`, for float32, bfloat16 and float16 logits on the CPU."""
+    """As `reference.row_stats`, for float32, bfloat16 and float16 logits on the CPU."""
     described = _describe(logits, labels, options, first_column)
     fields = [torch.empty(labels.shape) for _ in range(6 if extras else 4)] if running is None else _present(running)
     dense = [x.contiguous() for x in fields]
@@ -103,7 +103,7 @@ def row_grad(
     out: Tensor | None = None,
     active: ActiveColumns | None = None,
 ) -> Tensor:
-    """As `definition.row_grad`, for float32, bfloat16 and float16 logits on the CPU."""
+    """As `reference.row_grad`, for float32, bfloat16 and float16 logits on the CPU."""
     described = _describe(logits, labels, options, first_column)
     if out is not None and out.shape != logits.shape:
         raise ValueError(f"out must have the shape of logits, {tuple(logits.shape)}, got {tuple(out.shape)}")

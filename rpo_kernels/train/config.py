@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..plan import parse_budget
+from ..head.plan import parse_budget
 from .settings import (
     DESCRIPTION,
     USAGE,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .. import RPOOutput, linear_rpo_loss, linear_token_logprobs, rpo_loss, token_logprobs
-from ..integrations.hf_head import ModelHead, check_head, find_head
+from ..integrations.model_head import ModelHead, check_head, find_head
 from ..objectives import Objective
 from .models import base_model
 

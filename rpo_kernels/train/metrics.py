@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import RPOOutput
-from ..objectives import agreement
+from ..objectives import ranking_metrics
 from .dataset import IGNORE_INDEX
 
 
@@ -56,11 +56,11 @@ class GroupTable(NamedTuple):
         return cls(*(joined(columns) for columns in zip(*tables, strict=True)))
 
     def summary(self) -> dict[str, float]:
-        """Loss, reward accuracy and margin (see `objectives.agreement`), mean log-probability of the best and of the
+        """Loss, reward accuracy and margin (see `objectives.ranking_metrics`), mean log-probability of the best and of the
         worst response by reward (in nats, over the whole response), tokens scored and cut off.
         """
         present = self.present == 1
-        accuracy, margin = agreement(self.implicit_rewards, self.rewards, present)
+        accuracy, margin = ranking_metrics(self.implicit_rewards, self.rewards, present)
         best = self.rewards.masked_fill(~present, -torch.inf).argmax(-1, keepdim=True)
         worst = self.rewards.masked_fill(~present, torch.inf).argmin(-1, keepdim=True)
         return {

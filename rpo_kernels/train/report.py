@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ProgressCallback, TrainerCallback
 
-from ..files import write_whole
+from .._files import write_whole
 
 # Prefixes of the metrics over the held-out and the training data, and how these are called in text.
 HELD_OUT, TRAINING = "eval", "training"

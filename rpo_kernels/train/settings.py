@@ -73,9 +73,8 @@ class ObjectiveArguments:
     length_normalize: bool = _setting(False, "rpo: divide log-ratios by the response's length.")
     reference_free: bool = _setting(False, "rpo: use the policy's log-probability alone.")
     target_margin: float | None = _setting(None, "rpo: a fixed target for the best response, whatever the rewards.")
-    margin: float | None = _setting(None, "rpo: lead of the best response before it counts.")
     epsilon: float | None = _setting(None, "cdpo: probability that a label is wrong.")
-    gamma: float | None = _setting(None, "simpo: target margin.")
+    gamma: float | None = _setting(None, "rpo, simpo: lead of the best response before it counts.")
 
     def build(self) -> "Objective":
         """The objective.

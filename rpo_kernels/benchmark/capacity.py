@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from ..plan import memory_plan, parse_budget
+from ..head.plan import memory_plan, parse_budget
 from .bench import memory_limit
 from .charts import draw_memory
 from .memory import failure, measure_peaks

@@ -49,14 +49,14 @@ class Provider(NamedTuple):
         Raises:
             Unavailable: with the reason.
         """
-        if reason := self.why_not(problem.device):
+        if reason := self.unavailable_reason(problem.device):
             raise Unavailable(reason)
         try:
             return self.make(problem)
         except ImportError as error:
             raise Unavailable(f"cannot be imported: {error}") from error
 
-    def why_not(self, device: str) -> str | None:
+    def unavailable_reason(self, device: str) -> str | None:
         """Why it can do nothing on this device, or None."""
         if self.device is not None and self.device != device:
             return f"runs on {self.device} devices only"

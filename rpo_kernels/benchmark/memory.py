@@ -46,7 +46,7 @@ def measure_peaks(
     Raises:
         DeviceLost: if a provider left the GPU unusable for this process.
     """
-    if reason := provider.why_not(problems[0].device):
+    if reason := provider.unavailable_reason(problems[0].device):
         return [{"status": "unavailable", "reason": reason} for _ in problems]
     if problems[0].device != "cpu":
         return [_attempt(provider, problem, limit, snapshots, timeout) for problem in problems]
@@ -70,7 +70,7 @@ def _run_child(provider: Provider, problems: list[Problem], limit, snapshots, ti
     """Results of the first problems, at least one: the process stops where it runs out of memory."""
     task = json.dumps([provider.name, [p._asdict() for p in problems], limit, snapshots and str(snapshots), timeout])
     environment = {**os.environ, **_MALLOC}
-    command = [sys.executable, "-c", "from rpo_kernels.profile.memory import child; child()"]
+    command = [sys.executable, "-c", "from rpo_kernels.benchmark.memory import child; child()"]
     try:
         done = subprocess.run(
             command, input=task, capture_output=True, text=True, env=environment, timeout=timeout * len(problems) + 60

@@ -6,13 +6,13 @@ import pickle
 import pytest
 import torch
 
-from rpo_kernels.profile import memory, providers
-from rpo_kernels.profile.bench import check, verdict
-from rpo_kernels.profile.capacity import fits, largest, predict, predict_eager
-from rpo_kernels.profile.memory import measure_peaks, split_peak
-from rpo_kernels.profile.models import MODELS, find_model
-from rpo_kernels.profile.problem import BETA, Inputs, Problem, find_truth, sequences_of
-from rpo_kernels.profile.timing import interleave, spread
+from rpo_kernels.benchmark import memory, providers
+from rpo_kernels.benchmark.bench import check, verdict
+from rpo_kernels.benchmark.capacity import fits, largest, predict, predict_eager
+from rpo_kernels.benchmark.memory import measure_peaks, split_peak
+from rpo_kernels.benchmark.models import MODELS, find_model
+from rpo_kernels.benchmark.problem import BETA, Inputs, Problem, find_truth, sequences_of
+from rpo_kernels.benchmark.timing import interleave, spread
 
 LOGITS = Problem("logits", "test", 4, 8, 700, 0, dtype="float32")
 HEAD = Problem("head", "test", 4, 8, 700, 16, dtype="float32", softcap=30.0, logit_scale=0.5)
@@ -75,7 +75,7 @@ def test_a_wrong_provider_is_reported_wrong():
 
 def test_missing_and_foreign_providers_say_why():
     missing = providers.Provider("x", "logits", lambda _: None, None, "no-such-distribution", False, False)
-    assert missing.why_not("cpu") == "no-such-distribution is not installed"
+    assert missing.unavailable_reason("cpu") == "no-such-distribution is not installed"
     assert measure_peaks(missing, [LOGITS], None)[0]["status"] == "unavailable"
     gpu = missing._replace(package=None, device="cuda")
     with pytest.raises(providers.Unavailable, match="cuda"):

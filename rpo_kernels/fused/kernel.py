@@ -47,7 +47,7 @@ class Family(Protocol):
     @property
     def eta(self) -> float: ...
     @property
-    def margin(self) -> float: ...
+    def gamma(self) -> float: ...
     @property
     def target_margin(self) -> float | None: ...
     @property
@@ -62,8 +62,8 @@ class SequenceReduction(NamedTuple):
     logps: Tensor  # [B]
     ref_logps: Tensor  # [B], 0 without a reference
     implicit_rewards: Tensor  # [B] beta * log-ratio
-    accuracy: Tensor  # scalar, as objectives.agreement
-    margin: Tensor  # scalar, as objectives.agreement
+    accuracy: Tensor  # scalar, as objectives.ranking_metrics
+    margin: Tensor  # scalar, as objectives.ranking_metrics
     coef: Tensor  # [B] d loss / d logps
 
 
@@ -122,7 +122,7 @@ def sequence_reduce(
             *(None if cu_seqlens is None else cu_seqlens.contiguous(), rewards.contiguous()),
             *(None if groups.index is None else groups.index.contiguous(), lengths, out),
             *(num_sequences, length, groups.count, groups.size, groups.group_stride, groups.response_stride),
-            *(ignore_index, objective.beta, objective.eta, objective.margin, _finite(objective.target_margin)),
+            *(ignore_index, objective.beta, objective.eta, objective.gamma, _finite(objective.target_margin)),
             DISTANCE=objective.distance,
             TARGET=_target(objective.target_margin),
             SHIFT=shift,
@@ -161,7 +161,7 @@ def sequence_reduce_kernel(
     ignore_index,
     beta,
     eta,
-    margin,
+    gamma,
     target_margin,
     DISTANCE: tl.constexpr,
     TARGET: tl.constexpr,
@@ -206,7 +206,7 @@ def sequence_reduce_kernel(
             present = present & (sequence >= 0)
         implicit = tl.load(out.implicit_rewards + sequence, mask=present, other=0.0)
         reward = tl.load(rewards + sequence, mask=present, other=0.0).to(tl.float32)
-        loss, coef = _objective(implicit, reward, present, eta, margin, target_margin, DISTANCE, TARGET)
+        loss, coef = _objective(implicit, reward, present, eta, gamma, target_margin, DISTANCE, TARGET)
         coef *= beta / num_groups
         if lengths is not None:
             coef /= tl.load(lengths + sequence, mask=present, other=1.0)
@@ -272,10 +272,10 @@ def _sum_tokens(
 
 
 @triton.jit
-def _objective(a, reward, present, eta, margin, target_margin, DISTANCE: tl.constexpr, TARGET: tl.constexpr):
+def _objective(a, reward, present, eta, gamma, target_margin, DISTANCE: tl.constexpr, TARGET: tl.constexpr):
     """Losses `[GROUPS]` and their gradient in `a` `[GROUPS, RESPONSES]`; 0 for groups of one response or none."""
     best = present & (reward == tl.max(tl.where(present, reward, float("-inf")), axis=1)[:, None])
-    a -= tl.where(best, margin, 0.0)
+    a -= tl.where(best, gamma, 0.0)
     if TARGET == "rewards":
         b = eta * reward
     else:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..plan import parse_budget
+from ..head.plan import parse_budget
 from .charts import draw_bench
 from .memory import failure, measure_peaks, recorded
 from .models import MODELS, find_model
@@ -137,7 +137,7 @@ def list_providers(console: Console, device: str) -> None:
     """Each provider with its package's version, or why it cannot run on the device."""
     for level in ("logits", "head"):
         for p in providers(level):
-            state = p.why_not(device) or f"{p.package or 'torch'} {p.version or torch.__version__}"
+            state = p.unavailable_reason(device) or f"{p.package or 'torch'} {p.version or torch.__version__}"
             console.print(f"  {level:<7}{p.name:<33}{state}", highlight=False, soft_wrap=True)
 
 

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from . import head_tiles
-from .head_tiles import Head, Saved
-from .kernels.contract import TokenOptions
-from .logprobs import check_label_range
+from .._registration import TOKEN_OPTIONS, register
+from ..kernels.interface import TokenOptions
+from ..logprobs import check_label_range
+from .backward import backward_hidden, backward_weight
+from .forward import forward
 from .plan import memory_plan, parse_budget
-from .registration import TOKEN_OPTIONS, register
+from .schedule import Saved, find_rows
+from .tiles import Head
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 _SAVED = [f"Tensor {name}" for name in Saved._fields]
@@ -139,7 +141,7 @@ def _forward(
     vocab, width = weight.shape
     check_label_range(labels, vocab, ignore_index)
     options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
-    rows = head_tiles.find_rows(labels, vocab, options)
+    rows = find_rows(labels, vocab, options)
     head = Head(hidden, weight, bias, options, backend)
     if not (needs_hidden or needs_weight):
         gradient_filter = None
@@ -157,7 +159,7 @@ def _forward(
         device=hidden.device,
         backend=head.backend_name,
     )
-    values, mass, saved = head_tiles.forward(head, rows, plan, needs_hidden, gradient_filter)
+    values, mass, saved = forward(head, rows, plan, needs_hidden, gradient_filter)
     results = []
     for scored in (values, mass):
         result = scored.new_zeros(labels.numel())
@@ -173,9 +175,9 @@ def _grad(
     saved = Saved(positions, stats, log_scale, unit, kept, columns, schedule)
     grad_hidden, grad_weight, grad_bias = (hidden.new_empty(0) for _ in range(3))
     if needs_hidden:
-        grad_hidden = head_tiles.backward_hidden(head, saved, grad_logps)
+        grad_hidden = backward_hidden(head, saved, grad_logps)
     if needs_weight or needs_bias:
-        grad_weight, grad_bias = head_tiles.backward_weight(head, saved, labels, grad_logps, needs_weight, needs_bias)
+        grad_weight, grad_bias = backward_weight(head, saved, labels, grad_logps, needs_weight, needs_bias)
     return grad_hidden, grad_weight, grad_bias
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from rpo_kernels.benchmark.charts import draw_bench
+from rpo_kernels.benchmark.gpu import STEPS, Step, run
+from rpo_kernels.benchmark.reports import format_bytes, save_json
 from rpo_kernels.cli import main
-from rpo_kernels.profile.charts import draw_bench
-from rpo_kernels.profile.gpu import STEPS, Step, run
-from rpo_kernels.profile.reports import format_bytes, save_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import make_tables
@@ -125,7 +125,7 @@ def test_the_readme_is_made_from_the_committed_results(tmp_path):
 
 
 def test_gpu_steps_are_commands_that_parse():
-    from rpo_kernels.profile import bench as module
+    from rpo_kernels.benchmark import bench as module
 
     for step in STEPS:
         if "bench" in step.arguments:

@@ -1,6 +1,6 @@
 """Memory planner of the head level: how to cut the work, what to keep for backward, and what that costs.
 
-Pure arithmetic: `head_tiles` carries out what is planned here, and the command line predicts from it.
+Pure arithmetic: the walk carries out what is planned here, and the command line predicts from it.
 """
 
 import math
@@ -82,7 +82,7 @@ def memory_plan(
             least: smaller tiles would cost much time for little memory.
         gradient_filter, softcap: as in `linear_token_logprobs`; only whether there is one is read.
         device: where the work runs.
-        backend: `"torch"` counts the copies of a tile that the torch definition makes and the other backends do not.
+        backend: `"torch"` counts the copies of a tile that the torch reference makes and the other backends do not.
 
     Returns:
         `MemoryPlan`.
@@ -109,7 +109,7 @@ def memory_plan(
         needs_weight=needs_weight,
         filtered=gradient_filter is not None,
         capped=softcap is not None,
-        defined=backend == "torch",
+        reference=backend == "torch",
     )
     chunk, tile = _shape(work, budget, device.type)
     tiles = math.ceil(vocab / tile)
@@ -183,7 +183,7 @@ def _container_bytes(group: Path, unlimited: int) -> int:
 
 @dataclass(frozen=True)
 class _Work:
-    """Sizes of one call, and the bytes of what `head_tiles` allocates for it."""
+    """Sizes of one call, and the bytes of what the walk allocates for it."""
 
     rows: int
     positions: int
@@ -196,7 +196,7 @@ class _Work:
     needs_weight: bool
     filtered: bool
     capped: bool
-    defined: bool
+    reference: bool
 
     def peak_bytes(self, chunk: int, tile: int, kept: int) -> int:
         return max(self.forward_bytes(chunk, tile, kept), self.backward_bytes(chunk, tile, kept))
@@ -231,7 +231,7 @@ class _Work:
         gradient = self._columns(tile) * self.hidden * self.exact * ((self.item != self.exact) + self.filtered)
         recomputing = 0
         if kept * tile < self.vocab:
-            recomputing = self._definition_bytes(chunk, tile) + self._unit_bytes(chunk, tile)
+            recomputing = self._reference_bytes(chunk, tile) + self._unit_bytes(chunk, tile)
         of_tile = max(gathering, scaled + gradient + recomputing)
         scratch = self._scratch_bytes(chunk, tile) if self.converts or kept * tile < self.vocab else 0
         return saved + max(share, scratch + gathered + of_tile)
@@ -268,17 +268,17 @@ class _Work:
 
     def _pass_bytes(self, chunk: int, tile: int, differentiates: bool) -> int:
         """What a pass over a tile makes beside it."""
-        definition = self._definition_bytes(chunk, tile)
+        copy = self._reference_bytes(chunk, tile)
         if not self.filtered or not differentiates:
-            return definition
+            return copy
         columns = self._columns(tile)
         gathered = DENSE_SHARE * columns * (chunk + self.hidden) * self.operand
-        return max(math.ceil(gathered) + 16 * columns, definition)
+        return max(math.ceil(gathered) + 16 * columns, copy)
 
-    def _definition_bytes(self, chunk: int, tile: int) -> int:
-        """The definition's own copy of a tile, and beside it a softcap's slope or the magnitude a filter looks at."""
+    def _reference_bytes(self, chunk: int, tile: int) -> int:
+        """The torch reference's own copy of a tile, and beside it a softcap's slope or a filter's magnitudes."""
         beside = max(self.exact * self.capped, (self.exact + 1) * self.filtered)
-        return chunk * self._columns(tile) * (self.exact + beside) * self.defined
+        return chunk * self._columns(tile) * (self.exact + beside) * self.reference
 
 
 def _shape(work: _Work, budget: int, device_type: str) -> tuple[int, int]:

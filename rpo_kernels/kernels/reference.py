@@ -6,7 +6,7 @@ Runs on any device and in any floating dtype, float64 included, and serves where
 import torch
 from torch import Tensor
 
-from .contract import ActiveColumns, RowStats, TokenOptions
+from .interface import ActiveColumns, RowStats, TokenOptions
 
 
 def transform(logits: Tensor, options: TokenOptions) -> Tensor:

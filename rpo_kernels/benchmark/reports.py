@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..files import write_whole
+from .._files import write_whole
 from .problem import Problem
 from .timing import median, spread
 

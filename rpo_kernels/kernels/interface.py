@@ -5,7 +5,7 @@ A backend is a module with two functions over logits `[B, T, V]` and labels `[B,
     row_stats(logits, labels, options, first_column=0, running=None, extras=False) -> RowStats
     row_grad(logits, labels, stats, grad_logps, options, first_column=0, out=None, active=None) -> Tensor
 
-`definition` states both in plain torch; `triton_rows` and `native` are tested against it.
+`reference` states both in plain torch; `triton` and `native` are tested against it.
 """
 
 import math

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.contract import TokenOptions
+from ..kernels.interface import TokenOptions
 
 BETA = 0.01  # small, so that random inputs do not saturate the loss
 _SLICE = 16384  # rows of the weight in float64 at once

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .objectives import RPO
-from .registration import register
-from .sequences import Groups, Segments
+from .._registration import register
+from ..objectives import RPO
+from ..sequences import Groups, Segments
 
 
 def rpo_reduce(
@@ -42,7 +42,7 @@ def rpo_reduce(
         objective.distance,
         objective.beta,
         objective.eta,
-        objective.margin,
+        objective.gamma,
         objective.target_margin,
         objective.length_normalize,
         ignore_index,
@@ -58,12 +58,12 @@ def _structure(cu_seqlens: Tensor | None, index: Tensor | None, layout: list[int
 
 def _forward(
     token_logps, labels, rewards, ref_logps, token_weights, cu_seqlens, index, layout,
-    distance, beta, eta, margin, target_margin, length_normalize, ignore_index, shift,
+    distance, beta, eta, gamma, target_margin, length_normalize, ignore_index, shift,
 ):  # fmt: skip
-    from .kernels.triton_sequences import sequence_reduce
+    from .kernel import sequence_reduce
 
     _, groups = _structure(cu_seqlens, index, layout)
-    objective = RPO(distance, beta, eta, length_normalize, target_margin=target_margin, margin=margin)
+    objective = RPO(distance, beta, eta, length_normalize, target_margin=target_margin, gamma=gamma)
     return tuple(
         sequence_reduce(
             token_logps,
@@ -126,7 +126,7 @@ def _fake_grad(grad_loss, grad_groups, grad_logps, coef, labels, token_weights, 
 
 register(
     "rpo_reduce(Tensor token_logps, Tensor labels, Tensor rewards, Tensor? ref_logps, Tensor? token_weights,"
-    " Tensor? cu_seqlens, Tensor? index, int[] layout, str distance, float beta, float eta, float margin,"
+    " Tensor? cu_seqlens, Tensor? index, int[] layout, str distance, float beta, float eta, float gamma,"
     " float? target_margin, bool length_normalize, int ignore_index, bool shift)"
     " -> (Tensor loss, Tensor group_losses, Tensor logps, Tensor ref_logps, Tensor implicit_rewards,"
     " Tensor accuracy, Tensor margin, Tensor coef)",

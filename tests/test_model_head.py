@@ -6,7 +6,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from rpo_kernels import DPO  # noqa: E402
-from rpo_kernels.integrations.hf_head import check_head, find_head  # noqa: E402
+from rpo_kernels.integrations.model_head import check_head, find_head  # noqa: E402
 from rpo_kernels.train.loss_layer import LossLayer, preference_loss, response_logps  # noqa: E402
 
 SIZES = dict(

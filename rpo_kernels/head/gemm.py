@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+def matmul(left: Tensor, right: Tensor, out: Tensor) -> None:
     """`out = left @ right`, accumulated in float32 or better and rounded to `out` only, where the device can."""
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
@@ -16,7 +16,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
         out.copy_(left @ right)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`, without a temporary where the device can."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)

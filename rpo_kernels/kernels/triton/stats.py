@@ -1,0 +1,309 @@
+"""`row_stats` in Triton: one pass over the rows of a tile of logits.
+
+Each lane of a program keeps its own running (max, sum of exponentials), so the loop over the row holds no reduction
+across lanes and no barrier: a block gives a lane VECTOR * STEPS columns, which cost one `exp2` each and one more
+a block when the lane's maximum moves. Lanes are reduced once, at the end of the row, in a fixed order.
+
+In the kernels `u = x`, or `tanh(inner * x)` with a softcap, and `z = outer * u`: working on differences of `u` keeps
+the log-probability free of the rounding of `z`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..interface import RowStats, TokenOptions
+from .arithmetic import LN2, LOG2E, squash
+from .tiling import (
+    INTEGERS,
+    checked,
+    choose_tiling,
+    constants,
+    count_blocks,
+    edge_columns,
+    processors,
+    scales,
+    vector_range,
+)
+
+# Below every finite float32, so that a lane that saw nothing but -inf needs no special case: -inf minus it is -inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+def row_stats(
+    logits: Tensor,
+    labels: Tensor,
+    options: TokenOptions = TokenOptions(),
+    first_column: int = 0,
+    running: RowStats | None = None,
+    extras: bool = False,
+) -> RowStats:
+    """`reference.row_stats` for float32, bfloat16 and float16 logits; one launch, two where rows are few.
+
+    Rows may be strided; logits whose last stride is not 1 are copied.
+
+    Raises:
+        ValueError: for another dtype, or running statistics that are not contiguous.
+    """
+    logits = checked(logits)
+    extras = running.total is not None if running is not None else extras
+    stats = _empty_stats(labels, extras) if running is None else _contiguous(running)
+    if labels.numel() == 0:
+        return stats
+    columns = logits.shape[-1]
+    tiling = choose_tiling(labels.numel(), columns, 16 // logits.itemsize, processors(logits))
+    partial = None
+    if tiling.splits > 1:
+        fields = 4 if extras else 2
+        partial = logits.new_empty((fields, tiling.splits, labels.numel()), dtype=torch.float32)
+    scalars = (*labels.shape[1:], columns, first_column, options.ignore_index, *scales(options))
+    flags = dict(SOFTCAP=options.softcap is not None, SHIFT=options.shift, EXTRAS=extras, RUNNING=running is not None)
+    grid = (labels.numel(), tiling.splits)
+    with torch.cuda.device_of(logits):
+        row_stats_kernel[grid](
+            *(logits, labels, stats, partial),
+            *(logits.stride()[:2], labels.stride(), *scalars, count_blocks(columns, tiling)),
+            **flags,
+            **constants(tiling),
+        )
+        if partial is not None:
+            combine_kernel[grid[:1]](
+                *(logits, labels, stats, partial, logits.stride()[:2], labels.stride(), *scalars),
+                **flags,
+                SPLITS=tiling.splits,
+                num_warps=1,
+                enable_fp_fusion=True,
+            )
+    return stats
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def row_stats_kernel(
+    logits,  # [B, length, columns]
+    labels,  # [B, length]
+    stats,  # RowStats of contiguous [B, length]
+    partial,  # [2 or 4, splits, B * length], or None without splits
+    logits_strides,
+    labels_strides,
+    length,
+    columns,
+    first_column,
+    ignore_index,
+    inner,
+    outer,
+    blocks,  # a program reads this many blocks
+    SOFTCAP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    RUNNING: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Program (position, split): statistics of the row that this label position reads, or of a part of it."""
+    at = tl.program_id(0)
+    split = tl.program_id(1)
+    label, row = _label_and_row(logits, labels, logits_strides, labels_strides, at, length, ignore_index, SHIFT)
+    if label == ignore_index:
+        if split == 0:
+            _store_unscored(stats, at, EXTRAS)
+        return
+
+    head, end = vector_range(row, columns, VECTOR)
+    body = tl.multiple_of(row + head, VECTOR * row.dtype.element_ty.primitive_bitwidth // 8)
+    scale = outer * LOG2E
+    column, inside = edge_columns(head, end, columns, split, VECTOR, LANES)
+    edges = squash(tl.load(row + column, mask=inside, other=0.0).to(tl.float32), inner, SOFTCAP)
+    total = tl.where(inside, edges, 0.0)
+    edges = tl.where(inside, edges, float("-inf"))
+    top = tl.maximum(edges, LOWEST)
+    sumexp = tl.exp2((edges - top) * scale)
+    weighted = tl.zeros_like(sumexp)
+
+    BLOCK: tl.constexpr = VECTOR * LANES * STEPS
+    offsets = tl.arange(0, BLOCK)
+    start = split * blocks * BLOCK
+    stop = tl.minimum(start + blocks * BLOCK, end - head)
+    whole = start + tl.maximum(stop - start, 0) // BLOCK * BLOCK
+    for first in range(start, whole, BLOCK):
+        x = tl.load(body + first + offsets, eviction_policy="evict_first").to(tl.float32)
+        u = squash(x, inner, SOFTCAP)
+        if EXTRAS:
+            total += _lane_sum(u, VECTOR, LANES, STEPS)
+        top, sumexp, weighted = _fold(u, top, sumexp, weighted, scale, EXTRAS, VECTOR, LANES, STEPS)
+    if whole < stop:
+        here = offsets < stop - whole
+        tail = tl.load(body + whole + offsets, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        tail = squash(tail, inner, SOFTCAP)
+        if EXTRAS:
+            total += _lane_sum(tl.where(here, tail, 0.0), VECTOR, LANES, STEPS)
+        tail = tl.where(here, tail, float("-inf"))
+        top, sumexp, weighted = _fold(tail, top, sumexp, weighted, scale, EXTRAS, VECTOR, LANES, STEPS)
+
+    top, sumexp, weighted, total = _reduce_lanes(top, sumexp, weighted, total, scale, EXTRAS)
+    if partial is None:
+        u_label = _label_u(row, label, first_column, columns, inner, SOFTCAP)
+        _finish(stats, at, u_label, top, sumexp, weighted, total, outer, RUNNING, EXTRAS)
+    else:
+        slot = partial + split.to(tl.int64) * tl.num_programs(0) + at
+        field = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+        tl.store(slot, top)
+        tl.store(slot + field, sumexp)
+        if EXTRAS:
+            tl.store(slot + 2 * field, weighted)
+            tl.store(slot + 3 * field, total)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def combine_kernel(
+    logits,
+    labels,
+    stats,
+    partial,
+    logits_strides,
+    labels_strides,
+    length,
+    columns,
+    first_column,
+    ignore_index,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    RUNNING: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Program (position): the row's statistics from those of its splits, in the splits' order."""
+    at = tl.program_id(0)
+    label, row = _label_and_row(logits, labels, logits_strides, labels_strides, at, length, ignore_index, SHIFT)
+    if label == ignore_index:
+        return
+    slots = partial + tl.arange(0, SPLITS).to(tl.int64) * tl.num_programs(0) + at
+    field = tl.num_programs(0).to(tl.int64) * SPLITS
+    top = tl.load(slots)
+    sumexp = tl.load(slots + field)
+    weighted = tl.zeros_like(sumexp)
+    total = tl.zeros_like(sumexp)
+    if EXTRAS:
+        weighted = tl.load(slots + 2 * field)
+        total = tl.load(slots + 3 * field)
+    top, sumexp, weighted, total = _reduce_lanes(top, sumexp, weighted, total, outer * LOG2E, EXTRAS)
+    u_label = _label_u(row, label, first_column, columns, inner, SOFTCAP)
+    _finish(stats, at, u_label, top, sumexp, weighted, total, outer, RUNNING, EXTRAS)
+
+
+@triton.jit
+def _label_and_row(logits, labels, logits_strides, labels_strides, at, length, ignore_index, SHIFT: tl.constexpr):
+    """The label at a flat position, ignore_index if no row predicts it, and the row that does."""
+    batch = at.to(tl.int64) // length
+    position = at.to(tl.int64) % length
+    t = position - 1 if SHIFT else position
+    label = tl.load(labels + batch * labels_strides[0] + position * labels_strides[1], mask=t >= 0, other=ignore_index)
+    return label, logits + batch * logits_strides[0] + t * logits_strides[1]
+
+
+@triton.jit
+def _fold(
+    u, top, sumexp, weighted, scale,
+    EXTRAS: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Fold a block [STEPS * LANES * VECTOR] into each lane's statistics; `scale` takes differences of u to bits."""
+    u = tl.reshape(u, [STEPS, LANES, VECTOR])
+    new_top = tl.maximum(top, tl.max(tl.max(u, axis=2), axis=0))
+    away = (u - new_top[None, :, None]) * scale
+    weights = tl.exp2(away)
+    sumexp, weighted = _lower(sumexp, weighted, (top - new_top) * scale, EXTRAS)
+    sumexp += tl.sum(tl.sum(weights, axis=2), axis=0)
+    if EXTRAS:
+        weighted += tl.sum(tl.sum(tl.where(weights > 0, weights * away, 0.0), axis=2), axis=0)
+    return new_top, sumexp, weighted
+
+
+@triton.jit
+def _lane_sum(u, VECTOR: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr):
+    return tl.sum(tl.sum(tl.reshape(u, [STEPS, LANES, VECTOR]), axis=2), axis=0)
+
+
+@triton.jit
+def _lower(sumexp, weighted, bits, EXTRAS: tl.constexpr):
+    """Sums of 2^a and of 2^a * a once `bits` (<= 0, or a rounding error) is added to every a."""
+    factor = tl.exp2(bits)
+    if EXTRAS:
+        weighted = tl.where(factor > 0, (weighted + sumexp * bits) * factor, 0.0)
+    return sumexp * factor, weighted
+
+
+@triton.jit
+def _reduce_lanes(top, sumexp, weighted, total, scale, EXTRAS: tl.constexpr):
+    """One row's statistics from its lanes'."""
+    row_top = tl.max(top, axis=0)
+    sumexp, weighted = _lower(sumexp, weighted, (top - row_top) * scale, EXTRAS)
+    return row_top, tl.sum(sumexp, axis=0), tl.sum(weighted, axis=0), tl.sum(total, axis=0)
+
+
+@triton.jit
+def _label_u(row, label, first_column, columns, inner, SOFTCAP: tl.constexpr):
+    column = label.to(tl.int64) - first_column
+    inside = (column >= 0) & (column < columns)
+    u = squash(tl.load(row + column, mask=inside, other=0.0).to(tl.float32), inner, SOFTCAP)
+    return tl.where(inside, u, float("-inf"))
+
+
+@triton.jit
+def _finish(stats, at, u_label, top, sumexp, weighted, total, outer, RUNNING: tl.constexpr, EXTRAS: tl.constexpr):
+    """Turn a row's statistics in u and bits into RowStats, merge them with the running ones, and store."""
+    label_logit = u_label * outer
+    logp = (u_label - top) * outer - tl.log(sumexp)
+    z_top = top * outer
+    # sumexp belongs to the exact maximum; refer it to the rounded one that is stored.
+    rounding = tl.where(sumexp > 0, tl.fma(top, outer, -z_top), 0.0)
+    sumexp, weighted = _lower(sumexp, weighted, rounding * LOG2E, EXTRAS)
+    z_top = tl.where(sumexp == 0, float("-inf"), z_top)
+    if RUNNING:
+        old_top = tl.load(stats.max + at)
+        new_top = tl.maximum(old_top, z_top)
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        old_sumexp = tl.load(stats.sumexp + at)
+        old_weighted = tl.zeros_like(sumexp)
+        if EXTRAS:
+            old_weighted = tl.load(stats.weighted + at) * LOG2E
+            total += tl.load(stats.total + at) / outer
+        old_sumexp, old_weighted = _lower(old_sumexp, old_weighted, (old_top - finite) * LOG2E, EXTRAS)
+        sumexp, weighted = _lower(sumexp, weighted, (z_top - finite) * LOG2E, EXTRAS)
+        sumexp += old_sumexp
+        weighted += old_weighted
+        z_top = new_top
+        label_logit = tl.maximum(label_logit, tl.load(stats.label_logit + at))
+        logp = (label_logit - z_top) - tl.log(sumexp)
+    # max() passes over NaN, the sum does not.
+    z_top = tl.where((sumexp != sumexp) & (z_top < float("inf")), sumexp, z_top)
+    tl.store(stats.logp + at, logp)
+    tl.store(stats.max + at, z_top)
+    tl.store(stats.sumexp + at, sumexp)
+    tl.store(stats.label_logit + at, label_logit)
+    if EXTRAS:
+        tl.store(stats.weighted + at, weighted * LN2)
+        tl.store(stats.total + at, total * outer)
+
+
+@triton.jit
+def _store_unscored(stats, at, EXTRAS: tl.constexpr):
+    tl.store(stats.logp + at, 0.0)
+    tl.store(stats.max + at, 0.0)
+    tl.store(stats.sumexp + at, 1.0)
+    tl.store(stats.label_logit + at, 0.0)
+    if EXTRAS:
+        tl.store(stats.weighted + at, 0.0)
+        tl.store(stats.total + at, 0.0)
+
+
+def _empty_stats(labels: Tensor, extras: bool) -> RowStats:
+    return RowStats(*(labels.new_empty(labels.shape, dtype=torch.float32) for _ in range(6 if extras else 4)))
+
+
+def _contiguous(running: RowStats) -> RowStats:
+    if not all(x.is_contiguous() for x in running if x is not None):
+        raise ValueError(f"running must be contiguous to be continued in place; got strides {running.logp.stride()}")
+    return running

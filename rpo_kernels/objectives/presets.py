@@ -1,0 +1,62 @@
+"""Published objectives that are special cases of RPO."""
+
+import math
+from collections.abc import Callable
+
+from .rpo import RPO
+
+
+def DPO(beta: float = 0.1) -> RPO:
+    """Direct Preference Optimization (arXiv 2305.18290, eq. 7): the best response is all the target."""
+    return RPO("bwd_kl", beta=beta, target_margin=math.inf)
+
+
+def CDPO(beta: float = 0.1, epsilon: float = 0.1) -> RPO:
+    """Conservative DPO (Mitchell 2023): labels are wrong with probability `epsilon`.
+
+    Equal to the paper's cross-entropy up to the entropy of the label noise, a constant.
+
+    Raises:
+        ValueError: if `epsilon` is not in (0, 0.5) or `beta` not positive and finite.
+    """
+    if not 0 < epsilon < 0.5:
+        raise ValueError(f"epsilon must lie in (0, 0.5), got {epsilon!r}")
+    return RPO("bwd_kl", beta=beta, target_margin=math.log((1 - epsilon) / epsilon))
+
+
+def IPO(beta: float = 0.1) -> RPO:
+    """Identity Preference Optimization (arXiv 2310.12036, eq. 17): `(log-ratio margin - 1 / (2 beta))^2`.
+
+    `beta` is the paper's tau. The squared distance carries a factor 1/2, so implicit rewards are scaled by sqrt(2).
+
+    Raises:
+        ValueError: if `beta` is not positive and finite.
+    """
+    if not (beta > 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be a positive finite number, got {beta!r}")
+    return RPO("sq", beta=math.sqrt(2), target_margin=math.sqrt(2) / (2 * beta))
+
+
+def SimPO(beta: float = 2.0, gamma: float = 1.0) -> RPO:
+    """Simple Preference Optimization (arXiv 2405.14734, eq. 6): length-normalised, reference-free, with a margin.
+
+    Raises:
+        ValueError: if `beta` is not positive and finite, or `gamma` not finite.
+    """
+    return RPO("bwd_kl", beta=beta, target_margin=math.inf, gamma=gamma, length_normalize=True, reference_free=True)
+
+
+def DistilledDPO(beta: float = 0.1, eta: float = 1.0) -> RPO:
+    """Reward-model distillation (arXiv 2405.19316, eq. 7): squared error between implicit and given reward gaps."""
+    return RPO("sq", beta=beta, eta=eta)
+
+
+# By the names that the command line knows them by.
+PRESETS: dict[str, Callable[..., RPO]] = {
+    "rpo": RPO,
+    "dpo": DPO,
+    "cdpo": CDPO,
+    "ipo": IPO,
+    "simpo": SimPO,
+    "distilled_dpo": DistilledDPO,
+}
