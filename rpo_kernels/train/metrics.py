@@ -56,7 +56,7 @@ class GroupTable(NamedTuple):
         return cls(*(joined(columns) for columns in zip(*tables, strict=True)))
 
     def summary(self) -> dict[str, float]:
-        """Loss, reward accuracy and margin (see `objectives.ranking_metrics`), mean log-probability of the best and of the
+        """Loss, accuracy and margin (`objectives.ranking_metrics`), mean log-probability of the best and of the
         worst response by reward (in nats, over the whole response), tokens scored and cut off.
         """
         present = self.present == 1
