@@ -1,18 +1,11 @@
 """RPOTrainer: its loss, gradients and metrics against direct computation; resuming; saving; two processes."""
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import two_processes
 from rpo_kernels import DPO, RPO, SimPO
 from rpo_kernels.objectives import ranking_metrics
 from rpo_kernels.train import RPOTrainer, attach_reference_logps
@@ -231,30 +224,3 @@ def test_lora_trains_under_gradient_checkpointing(tmp_path):
         trained.append(parameters(model) - start)
     assert trained[0].norm() > 1e-3
     torch.testing.assert_close(trained[1], trained[0])
-
-
-def test_two_processes_equal_one(tmp_path):
-    """Ragged groups in steps of four: gradients, logs, evaluation and reference over both processes."""
-    script, out = Path(two_processes.__file__), tmp_path / "two"
-    out.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])
-    workers = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": path}
-        with open(tmp_path / f"{rank}.log", "w") as log:
-            workers.append(subprocess.Popen([sys.executable, script, out], env=environment, stdout=log, stderr=log))
-    one = two_processes.run(tmp_path / "one")
-    try:
-        codes = [worker.wait(timeout=300) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert codes == [0, 0], (tmp_path / "0.log").read_text()[-3000:]
-    two = json.loads((out / "result.json").read_text())
-    assert set(two) == set(one)
-    for name in one:
-        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name

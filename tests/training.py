@@ -1,5 +1,6 @@
 """Shared by the trainer's tests: a model and data small enough to train in seconds."""
 
+import json
 import random
 from pathlib import Path
 
@@ -36,6 +37,20 @@ def groups(count: int, sizes: tuple[int, ...] = (3,), seed: int = 0) -> list[Gro
         Group(words(1, 4), [words(1, 6) for _ in range(size)], [rng.uniform(-2, 2) for _ in range(size)])
         for size in (sizes[g % len(sizes)] for g in range(count))
     ]
+
+
+def write_model(path: Path, **config) -> None:
+    """A directory with a tiny model and its tokenizer."""
+    tiny_model(**config).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+
+
+def write_groups(path: Path, count: int, sizes: tuple[int, ...] = (3,), seed: int = 0) -> None:
+    """A file of preference data."""
+    with open(path, "w") as file:
+        for group in groups(count, sizes, seed):
+            responses = [{"text": t, "reward": r} for t, r in zip(group.responses, group.rewards, strict=True)]
+            file.write(json.dumps({"prompt": group.prompt, "responses": responses}) + "\n")
 
 
 def dataset(count: int, sizes: tuple[int, ...] = (3,), seed: int = 0, max_length: int = 64) -> PreferenceDataset:

@@ -43,6 +43,10 @@ class GroupTable(NamedTuple):
             dropped,
         )
 
+    def first(self, count: int) -> "GroupTable":
+        """The first groups alone."""
+        return GroupTable(*(column[:count] for column in self))
+
     @classmethod
     def join(cls, tables: Sequence["GroupTable"]) -> "GroupTable":
         """The groups of several tables in one, on the CPU."""

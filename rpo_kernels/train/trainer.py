@@ -1,5 +1,6 @@
 """`transformers.Trainer` with the RPO loss."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,9 +12,13 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..objectives import RPO, Objective
-from .dataset import GroupCollator, PreferenceDataset
+from .dataset import IGNORE_INDEX, GroupCollator, PreferenceDataset
 from .loss_layer import LossLayer, preference_loss
 from .metrics import GroupTable
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not finite: names the step, the prompts of its batch and what to try."""
 
 
 class RPOTrainer(Trainer):
@@ -22,6 +27,7 @@ class RPOTrainer(Trainer):
     Logs beside the loss `accuracy`, `margin`, `logp_best`, `logp_worst`, `scored_tokens` and `dropped_tokens` (see
     `GroupTable.summary`) over the groups since the last log; `evaluate` returns the same, prefixed, over its dataset.
     The loss is the mean over all groups of an optimizer step, however they are split into micro-batches and processes.
+    Training stops with a `NonFiniteError` before the first update by a loss or gradient that is not finite.
 
     Args:
         model: a causal language model, which may be a PEFT model.
@@ -34,7 +40,7 @@ class RPOTrainer(Trainer):
         kwargs: passed on to `transformers.Trainer`.
 
     Raises:
-        ValueError: if the datasets lack the reference log-probabilities, or `args` would drop the batch's columns.
+        ValueError: if the datasets lack the reference log-probabilities, or `args` asks for what it cannot do.
     """
 
     def __init__(
@@ -50,6 +56,8 @@ class RPOTrainer(Trainer):
     ):
         if args.remove_unused_columns:
             raise ValueError("args.remove_unused_columns must be False: the loss needs columns that the model does not")
+        if args.bf16_full_eval or args.fp16_full_eval:
+            raise ValueError("args.bf16_full_eval and args.fp16_full_eval must be False: they cast the trained weights")
         if args.n_gpu > 1:  # Trainer would use nn.DataParallel, which splits batches without regard to groups
             message = "one process trains on one GPU; start one for each with torchrun or accelerate launch"
             warnings.warn(message, stacklevel=2)
@@ -69,7 +77,28 @@ class RPOTrainer(Trainer):
         )
         # Tells every version of Trainer that `compute_loss` already divides by the accumulated number of items.
         self.model_accepts_loss_kwargs = True
-        self._tables: list[GroupTable] = []
+        self._tables: list[GroupTable] = []  # of the groups trained on since the last log
+        self._step: list[tuple[dict, Tensor]] = []  # the step's micro-batches and the losses of their groups
+        self._has_trained = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as `transformers.Trainer.train` does."""
+        if not self._has_trained:
+            self._forget_preparation()
+        self._has_trained = True
+        return super().train(*args, **kwargs)
+
+    def _forget_preparation(self) -> None:
+        """Have accelerate prepare the model again.
+
+        An evaluation before training prepares it for evaluation, and accelerate prepares a model once: training would
+        go on without DDP, each process with its own gradients.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # prepared in the same way for both
+            return
+        self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if hasattr(self.model_wrapped, "_is_accelerate_prepared"):
+            del self.model_wrapped._is_accelerate_prepared
 
     def get_train_dataloader(self) -> Any:
         """The training batches."""
@@ -96,8 +125,63 @@ class RPOTrainer(Trainer):
     ) -> tuple[list, Tensor | int | None]:
         """The micro-batches of one optimizer step, and how many groups they hold over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        groups = torch.tensor(sum(len(batch["group_sizes"]) for batch in batches), device=device)
+        for position, batch in enumerate(batches):
+            batch["num_groups"] = self._num_groups(position)
+        groups = torch.tensor(sum(batch["num_groups"] for batch in batches), device=device)
         return batches, self.accelerator.reduce(groups, "sum")
+
+    def _num_groups(self, position: int) -> int:
+        """How many groups of this process's micro-batch at `position` in the current step count, the first ones.
+
+        accelerate deals the batches of an epoch to the processes in turn, and fills up the last round with groups from
+        the beginning; these must not count twice.
+        """
+        size, processes = self._train_batch_size, self.accelerator.num_processes
+        total = len(self.train_dataset)  # type: ignore[arg-type]
+        if self.args.dataloader_drop_last:
+            return size
+        rounds = -(-total // (size * processes))  # micro-batches of a process in an epoch
+        steps = -(-rounds // self.args.gradient_accumulation_steps)
+        dealt = (self.state.global_step % steps) * self.args.gradient_accumulation_steps + position
+        start = (dealt * processes + self.accelerator.process_index) * size
+        return min(max(total - start, 0), size)
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward of a micro-batch; after the last one of a step, check that all is finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._check_finite(model)
+            self._step.clear()
+        return loss
+
+    def _check_finite(self, model: nn.Module) -> None:
+        losses = torch.cat([losses for _, losses in self._step])
+        values = {"loss": losses.sum()}
+        if not getattr(self.accelerator.scaler, "is_enabled", bool)():  # float16's scaler skips such steps itself
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            values["gradient norm"] = torch.nn.utils.get_total_norm(gradients)
+        finite = torch.stack([value.isfinite().all() for value in values.values()]).all()
+        if self.accelerator.reduce((~finite).float(), "sum") == 0:
+            return
+        # Every process has come here, so all can take part.
+        found = gather_object([(self._suspects(), {name: float(value) for name, value in values.items()})])
+        prompts = [prompt for suspects, _ in found for prompt in suspects]
+        figures = next(figures for _, figures in found if not all(map(math.isfinite, figures.values())))
+        raise NonFiniteError(
+            f"step {self.state.global_step + 1} has "
+            + " and ".join(f"{name} {value}" for name, value in figures.items())
+            + ", with the prompts\n  "
+            + "\n  ".join(prompts)
+            + "\nThe weights are still those before this step. Try a lower --learning-rate, a longer --warmup-steps, "
+            "--bf16 in place of --fp16; look at the rewards of these groups."
+        )
+
+    def _suspects(self) -> list[str]:
+        """The prompts whose loss is not finite, or all of the step where the gradient alone is not."""
+        of_groups = [(prompt, loss) for batch, losses in self._step for prompt, loss in zip(_prompts(batch), losses)]
+        bad = [ids for ids, loss in of_groups if not loss.isfinite()] or [ids for ids, _ in of_groups]
+        decode = getattr(self.processing_class, "decode", str)
+        return [repr(decode(ids))[:120] for ids in bad]
 
     def compute_loss(
         self,
@@ -109,11 +193,15 @@ class RPOTrainer(Trainer):
         """The micro-batch's share of the mean loss over `num_items_in_batch` groups, or its own mean without that."""
         output = preference_loss(model, inputs, self.objective, self.loss_layer)
         loss = output.loss
+        count = inputs.get("num_groups", len(inputs["group_sizes"]))
+        losses = output.group_losses[:count]
         if num_items_in_batch is not None:
             # DDP averages gradients over processes.
-            loss = loss * len(inputs["group_sizes"]) * self.accelerator.num_processes / num_items_in_batch
-        if model.training and self.args.logging_strategy != "no":
-            self._tables.append(GroupTable.of(output, inputs))
+            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
+        if model.training:
+            self._step.append((inputs, losses.detach()))
+            if self.args.logging_strategy != "no":
+                self._tables.append(GroupTable.of(output, inputs).first(count))
         return (loss, output) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> Any:
@@ -138,6 +226,13 @@ class RPOTrainer(Trainer):
             if tables:
                 logs = {**GroupTable.join(tables).summary(), **logs}
         super().log(logs, start_time)
+
+
+def _prompts(batch: dict) -> list[list[int]]:
+    """Token ids of each group's prompt."""
+    firsts = torch.tensor([0, *batch["group_sizes"][:-1]]).cumsum(0).tolist()
+    prompts = (batch["labels"] == IGNORE_INDEX) & (batch["attention_mask"] == 1)
+    return [batch["input_ids"][row][prompts[row]].tolist() for row in firsts]
 
 
 def _evaluation_summary(prediction: EvalPrediction) -> dict[str, float]:
