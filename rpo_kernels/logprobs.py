@@ -7,6 +7,7 @@ from ._checks import checks_values
 from ._registration import TOKEN_OPTIONS, register
 from .kernels import dispatch
 from .kernels.interface import RowStats, TokenOptions
+from .shared_rows import check_rows, shared_token_logprobs
 
 _GRAD_INPUTS = "Tensor labels, Tensor logps, Tensor max, Tensor sumexp, Tensor grad_logps"
 
@@ -15,6 +16,7 @@ def token_logprobs(
     logits: Tensor,
     labels: Tensor,
     *,
+    rows: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -29,6 +31,8 @@ def token_logprobs(
         logits: `[..., V]`, float32, bfloat16, float16 or float64. Rows may be strided; a copy is made only if V is not
             the fastest dimension.
         labels: `[...]` integers in `[0, V)`, or `ignore_index` for positions that are not scored.
+        rows: `[N]` integers: label n is scored against row `rows[n]` of the logits `[T, V]`, so that several labels
+            `[N]` share a row (see `rpo_kernels.shared_prompts`). No logits are copied. Goes without `shift`.
         temperature, softcap, logit_scale: positive; softcap None means none (Gemma 2 uses 30, arXiv 2408.00118).
         shift: labels stand beside the input ids (Hugging Face convention): logits at `t - 1` are scored against
             `labels[..., t]`, and position 0 is not scored. Nothing is copied.
@@ -48,7 +52,9 @@ def token_logprobs(
     """
     options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
     options.check()
-    _check(logits, labels)
+    if rows is not None:
+        check_rows("logits", logits, rows, labels, shift)
+    _check(logits, labels if rows is None else labels.new_empty(logits.shape[:1]))
     if labels.ndim == 0:
         raise ValueError("labels must have at least one dimension, got a scalar")
     if inplace_backward and any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride())):
@@ -56,10 +62,13 @@ def token_logprobs(
             f"inplace_backward=True needs logits whose rows do not share memory; got shape {list(logits.shape)} with "
             f"strides {list(logits.stride())}"
         )
+    if rows is not None:
+        check_label_range(labels, logits.shape[-1], ignore_index)
+        return shared_token_logprobs(logits, labels, rows, options, inplace_backward, backend)
     # [..., T, V] and [..., T] as [B, T, V] and [B, T]; views wherever strides allow.
-    rows = logits.flatten(0, -3) if labels.ndim > 1 else logits.unsqueeze(0)
+    batches = logits.flatten(0, -3) if labels.ndim > 1 else logits.unsqueeze(0)
     targets = labels.flatten(0, -2) if labels.ndim > 1 else labels.unsqueeze(0)
-    logps, _, _ = torch.ops.rpo_kernels.token_logprobs(rows, targets, *options, inplace_backward, backend)
+    logps, _, _ = torch.ops.rpo_kernels.token_logprobs(batches, targets, *options, inplace_backward, backend)
     return logps.reshape(labels.shape)
 
 

@@ -12,6 +12,7 @@ from .logprobs import token_logprobs
 from .objectives import RPO, Objective
 from .preference import PreferenceBatch, RPOOutput
 from .sequences import Layout
+from .shared_rows import take_rows
 
 
 def rpo_loss(
@@ -27,6 +28,7 @@ def rpo_loss(
     group_ids: Sequence[int] | Tensor | None = None,
     token_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    rows: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -51,6 +53,9 @@ def rpo_loss(
         group_ids: B integers naming each response's prompt, for groups of different sizes; replaces the former two.
         token_weights: weight of each token in its response's sum, of the labels' shape and any type; a constant.
         cu_seqlens: `[B + 1]` int32 or int64 offsets of the packed responses.
+        rows: `[total]` integers: which row of the logits, then `[T, V]`, each packed label is scored against. Several
+            may share one, as the responses' first tokens do where a prompt is computed once: see
+            `rpo_kernels.shared_prompts`, whose collator makes `labels`, `rows` and `cu_seqlens`. Without `shift`.
         temperature, softcap, logit_scale, ignore_index, shift, inplace_backward, backend: as in `token_logprobs`.
 
     Returns:
@@ -62,6 +67,7 @@ def rpo_loss(
             there a non-finite reward makes the loss NaN, and RPO_KERNELS_CHECK=1 checks all three.
     """
     options: dict[str, Any] = dict(
+        rows=rows,
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
@@ -100,6 +106,7 @@ def linear_rpo_loss(
     group_ids: Sequence[int] | Tensor | None = None,
     token_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    rows: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -118,8 +125,8 @@ def linear_rpo_loss(
         ref_hidden: the reference's hidden states, of the width of `ref_weight`; no gradient flows to them.
         ref_weight, ref_bias: the reference's head; default: `weight` and `bias`.
         memory_budget, gradient_filter: as in `linear_token_logprobs`.
-        labels, rewards, ref_logps, objective, num_responses, layout, group_ids, token_weights, cu_seqlens: as in
-            `rpo_loss`.
+        labels, rewards, ref_logps, objective, num_responses, layout, group_ids, token_weights, cu_seqlens,
+            rows: as in `rpo_loss`; `rows` are those of `hidden` and `ref_hidden`.
         temperature, softcap, logit_scale, ignore_index, shift, backend: as in `token_logprobs`.
 
     Returns:
@@ -131,6 +138,9 @@ def linear_rpo_loss(
     batch = PreferenceBatch.check(
         labels, rewards, objective, num_responses, layout, group_ids, token_weights, cu_seqlens, ignore_index, shift
     )
+    if rows is not None:
+        hidden = take_rows("hidden", hidden, rows, labels, shift)
+        ref_hidden = None if ref_hidden is None else take_rows("ref_hidden", ref_hidden, rows, labels, shift)
     options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
     logps, dropped = logprobs_and_dropped(
         hidden, weight, batch.labels, bias, options, memory_budget, gradient_filter, backend

@@ -6,6 +6,7 @@ from torch import Tensor
 from .._registration import TOKEN_OPTIONS, register
 from ..kernels.interface import TokenOptions
 from ..logprobs import check_label_range
+from ..shared_rows import take_rows
 from .backward import backward_hidden, backward_weight
 from .forward import forward
 from .plan import memory_plan, parse_budget
@@ -22,6 +23,7 @@ def linear_token_logprobs(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    rows: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -43,6 +45,8 @@ def linear_token_logprobs(
         weight: `[V, H]` of the same dtype, the LM head or the tied embedding.
         labels: `[...]` integers in `[0, V)`, or `ignore_index` for positions that are not scored.
         bias: `[V]` of the same dtype.
+        rows: `[N]` integers: label n is scored against row `rows[n]` of the hidden states `[T, H]`, so that several
+            labels `[N]` share a row (see `rpo_kernels.shared_prompts`). Goes without `shift`.
         temperature, softcap, logit_scale, ignore_index, shift, backend: as in `token_logprobs`.
         memory_budget: what forward and backward may use beyond inputs, result and gradients: bytes, `"512MB"`, or None
             for a quarter of the device's free memory. See `memory_plan`: less memory costs up to one more head GEMM.
@@ -64,6 +68,8 @@ def linear_token_logprobs(
         ValueError: for shapes, dtypes, devices, options or a budget that do not fit. Labels out of range as in
             `token_logprobs`.
     """
+    if rows is not None:
+        hidden = take_rows("hidden", hidden, rows, labels, shift)
     options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
     result = logprobs_and_dropped(hidden, weight, labels, bias, options, memory_budget, gradient_filter, backend)
     return result if return_dropped else result[0]  # type: ignore[return-value]

@@ -97,7 +97,7 @@ def row_grad(
     unit.scatter_(-1, column, torch.where(inside, -torch.expm1(logp).unsqueeze(-1), unit.gather(-1, column)))
     grad = unit.mul_(factor.to(z.dtype).unsqueeze(-1) * (options.logit_scale / options.temperature))
     if options.softcap is not None:
-        grad.mul_(_softcap_slope(logits, options.logit_scale / options.softcap))
+        grad.mul_(softcap_slope(logits, options.logit_scale / options.softcap))
     grad.masked_fill_((target == options.ignore_index).unsqueeze(-1), 0)
     if active is not None:
         active.mask.masked_fill_((grad.abs() <= active.threshold).logical_not_().flatten(0, -2).any(0), 1)
@@ -109,7 +109,7 @@ def labels_of_rows(labels: Tensor, options: TokenOptions) -> Tensor:
     return _to_rows(labels, options, options.ignore_index)
 
 
-def _softcap_slope(logits: Tensor, scale: float) -> Tensor:
+def softcap_slope(logits: Tensor, scale: float) -> Tensor:
     """`1 - tanh(u)^2 = 1 / cosh(u)^2` at `u = scale * logits`: exact also where tanh rounds to 1."""
     u = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).mul_(scale)
     return u.cosh_().square_().reciprocal_()

@@ -1,0 +1,227 @@
+"""Token level where rows are shared: several labels scored against one row of logits, which is not copied.
+
+With `g_n = dL/dlogp_n` and S the labels of one row, the row's gradient is
+
+    dL/dz = sum_{n in S} g_n onehot(y_n) - (sum_{n in S} g_n) softmax(z)
+
+so one pass over the logits serves all labels: the row kernels see each row with its first label and the sum of the
+gradients, and the few entries at the labels are written afterwards. No atomics: the bits are the same in every run.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import checks_values
+from ._registration import TOKEN_OPTIONS, register
+from .kernels import dispatch, reference
+from .kernels.interface import RowStats, TokenOptions
+
+
+class Saved(NamedTuple):
+    """What backward needs of forward: of N labels, and of T rows, each with its first label."""
+
+    logps: Tensor  # [N]
+    label_logits: Tensor  # [N]
+    first: Tensor  # [T] index of the row's first label; N for a row without
+    row_logps: Tensor  # [T]
+    max: Tensor  # [T]
+    sumexp: Tensor  # [T]
+
+
+def check_rows(name: str, shared: Tensor, rows: Tensor, labels: Tensor, shift: bool) -> None:
+    """Check that `rows` says for each of the labels `[N]` which row of `shared` `[T, ...]` it is scored against.
+
+    Raises:
+        ValueError: naming `rows`, `labels`, `shift`, or the rows' argument by its `name`.
+    """
+    if shift:
+        raise ValueError("rows names the row that predicts each label: it goes without shift=True")
+    integers = (torch.int64, torch.int32)
+    if labels.ndim != 1 or rows.shape != labels.shape or not {rows.dtype, labels.dtype} <= {*integers}:
+        raise ValueError(
+            f"rows and labels must be int64 or int32 of one shape [N]; got {rows.dtype} {list(rows.shape)} "
+            f"and {labels.dtype} {list(labels.shape)}"
+        )
+    if shared.ndim != 2:
+        raise ValueError(f"{name} must be two-dimensional where rows is given; got shape {list(shared.shape)}")
+    for other, tensor in ((name, shared), ("rows", rows)):
+        if tensor.device != labels.device:
+            raise ValueError(f"{other} must be on the labels' device {labels.device}; got {tensor.device}")
+    if rows.numel() and checks_values(rows):
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= len(shared):
+            raise ValueError(f"rows must lie in [0, {len(shared)}), the rows of {name}; got values {low} to {high}")
+
+
+def take_rows(name: str, hidden: Tensor, rows: Tensor, labels: Tensor, shift: bool) -> Tensor:
+    """`hidden[rows]`, `[N, H]`, whose gradient is summed in a fixed order on every device; errors as `check_rows`."""
+    check_rows(name, hidden, rows, labels, shift)
+    return torch.nn.functional.embedding(rows, hidden)
+
+
+def shared_token_logprobs(
+    logits: Tensor, labels: Tensor, rows: Tensor, options: TokenOptions, inplace_backward: bool, backend: str | None
+) -> Tensor:
+    """`token_logprobs(logits[rows], labels)` for checked `[T, V]` logits and `[N]` labels, without copying logits."""
+    logps, *_ = torch.ops.rpo_kernels.shared_token_logprobs(
+        logits, labels, rows.long(), *options, inplace_backward, backend
+    )
+    return logps
+
+
+def _first_labels(counted: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    index = torch.where(counted, torch.arange(len(rows), device=rows.device), len(rows))
+    return index.new_full((num_rows,), len(rows)).scatter_reduce_(0, rows, index, "amin")
+
+
+def _at(values: Tensor, index: Tensor, missing: float) -> Tensor:
+    """`values[index]`; `missing` where the index is one past the end."""
+    return torch.cat((values, values.new_full((1,), missing)))[index]
+
+
+def _sum_by_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Sums of `values` `[N]` by row, in a fixed order on every device: how an embedding sums its gradient."""
+    return torch.ops.aten.embedding_dense_backward(values.unsqueeze(-1), rows, num_rows, -1, False).squeeze(-1)
+
+
+def _sum_of_equal(values: Tensor, keys: Tensor) -> Tensor:
+    """For each of `values` `[N]` the sum of all that have the same key."""
+    ordered, order = keys.sort(stable=True)
+    run = torch.cat((ordered.new_zeros(min(1, len(keys))), (ordered.diff() != 0).long())).cumsum(0)
+    sums = _sum_by_row(values[order], run, len(keys))[run]
+    return torch.empty_like(values).scatter_(0, order, sums)
+
+
+def _slope(logits: Tensor, options: TokenOptions) -> Tensor | float:
+    """`dz / dlogit`."""
+    slope = options.logit_scale / options.temperature
+    if options.softcap is None:
+        return slope
+    return reference.softcap_slope(logits, options.logit_scale / options.softcap).mul_(slope)
+
+
+def _counted(logits: Tensor, labels: Tensor, options: TokenOptions) -> Tensor:
+    """Which labels are scored; on an accelerator one out of range is not, its log-probability is -inf."""
+    return (labels != options.ignore_index) & (labels >= 0) & (labels < logits.shape[1])
+
+
+def _forward(
+    logits: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    shift: bool,
+    inplace_backward: bool,
+    backend: str | None,
+) -> Saved:
+    options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
+    counted = _counted(logits, labels, options)
+    first = _first_labels(counted, rows, len(logits))
+    stats = dispatch.rows(logits, backend).row_stats(logits[None], _at(labels, first, ignore_index)[None], options)
+    row_logps, top, sumexp = (x[0] for x in (stats.logp, stats.max, stats.sumexp))
+    label_logits = logits[rows, torch.where(counted, labels, 0).long()].to(row_logps.dtype)
+    others = reference.transform(label_logits, options) - top[rows] - sumexp[rows].log()
+    is_first = first[rows] == torch.arange(len(rows), device=rows.device)
+    logps = torch.where(is_first, row_logps[rows], others).masked_fill(~counted, -torch.inf)
+    logps = logps.masked_fill(labels == ignore_index, 0)
+    return Saved(logps, label_logits, first, row_logps.clone(), top.clone(), sumexp.clone())
+
+
+def _write_grad(
+    logits: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    grad_logps: Tensor,
+    saved: Saved,
+    options: TokenOptions,
+    backend: str | None,
+    out: Tensor | None,
+) -> Tensor:
+    counted = _counted(logits, labels, options)
+    grad_logps = torch.where(counted, grad_logps, 0).to(saved.logps.dtype)
+    of_rows = _sum_by_row(grad_logps, rows, len(logits))
+    row_labels = _at(labels, saved.first, options.ignore_index)
+    stats = RowStats(*(x[None] for x in (saved.row_logps, saved.max, saved.sumexp, saved.row_logps)))
+    out = out if out is None else out[None]
+    grad = dispatch.rows(logits, backend).row_grad(
+        logits[None], row_labels[None], stats, of_rows[None], options, out=out
+    )
+    grad = grad[0]
+    # The entry at a label: g - G p = (g - G) + G (1 - p), exact also where p rounds to 1.
+    of_labels = _sum_of_equal(grad_logps, rows * logits.shape[1] + torch.where(counted, labels, 0))
+    sums = of_rows[rows]
+    entries = (of_labels - sums - sums * torch.expm1(saved.logps)) * _slope(saved.label_logits, options)
+    # A label that is not scored writes what its row's first one does, or 0 into a row of zeros.
+    source = torch.where(counted, torch.arange(len(rows), device=rows.device), saved.first[rows])
+    grad[rows, _at(labels, source, 0).long()] = _at(entries, source, 0).to(grad.dtype)
+    return grad
+
+
+def _grad(logits: Tensor, labels: Tensor, rows: Tensor, grad_logps: Tensor, *rest: Any) -> Tensor:
+    saved, options, backend = Saved(*rest[:6]), TokenOptions(*rest[6:-1]), rest[-1]
+    return _write_grad(logits, labels, rows, grad_logps, saved, options, backend, None)
+
+
+def _grad_(logits: Tensor, labels: Tensor, rows: Tensor, grad_logps: Tensor, *rest: Any) -> None:
+    saved, options, backend = Saved(*rest[:6]), TokenOptions(*rest[6:-1]), rest[-1]
+    _write_grad(logits, labels, rows, grad_logps, saved, options, backend, logits)
+    # Kernels write behind autograd's back: tell it, so that other readers of the logits raise.
+    torch.autograd.graph.increment_version(logits)
+
+
+def _fake_forward(logits: Tensor, labels: Tensor, *_: Any) -> Saved:
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    logps, label_logits = (labels.new_empty(labels.shape, dtype=exact) for _ in range(2))
+    row_logps, top, sumexp = (logits.new_empty(logits.shape[:1], dtype=exact) for _ in range(3))
+    return Saved(logps, label_logits, labels.new_empty(logits.shape[:1], dtype=torch.int64), row_logps, top, sumexp)
+
+
+def _fake_grad(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _fake_grad_(logits: Tensor, *_: Any) -> None:
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, labels, rows, *options, inplace_backward, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(logits, labels, rows, *output)
+    ctx.constants = (*options, backend)
+    ctx.inplace_backward = inplace_backward
+
+
+def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple:
+    if grad_logps is None:
+        return (None,) * 10
+    logits, labels, rows, *saved = ctx.saved_tensors
+    if ctx.inplace_backward:
+        torch.ops.rpo_kernels.shared_token_logprobs_grad_(logits, labels, rows, grad_logps, *saved, *ctx.constants)
+        grad = logits
+    else:
+        grad = torch.ops.rpo_kernels.shared_token_logprobs_grad(
+            logits, labels, rows, grad_logps, *saved, *ctx.constants
+        )
+    return grad, *[None] * 9
+
+
+_SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
+_GRAD_INPUTS = f"Tensor labels, Tensor rows, Tensor grad_logps, {_SAVED}, {TOKEN_OPTIONS}, str? backend"
+
+register(
+    f"shared_token_logprobs(Tensor logits, Tensor labels, Tensor rows, {TOKEN_OPTIONS}, bool inplace_backward, "
+    f"str? backend) -> ({_SAVED})",
+    _forward,
+    _fake_forward,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register(f"shared_token_logprobs_grad(Tensor logits, {_GRAD_INPUTS}) -> Tensor", _grad, _fake_grad)
+register(f"shared_token_logprobs_grad_(Tensor(a!) logits, {_GRAD_INPUTS}) -> ()", _grad_, _fake_grad_, backward=None)
