@@ -1,5 +1,6 @@
 # make train      set up a virtual environment and train the embedded demonstration
 # make test       set up, then lint, type-check and test
+# make docs       build the documentation into site/; warnings are errors
 # make sanitize   test the C++ kernels under the address and undefined-behaviour sanitizers (ten minutes)
 # make gpu        on a machine with a GPU and nothing to download: tests, benchmarks, memory, charts in bench/results/
 #
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH)' | tr -c 'a-zA-Z0-9.\n' '-')
 SETUP := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: train test lint sanitize gpu clean
+.PHONY: train test lint docs sanitize gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/rpo-kernels train
@@ -34,6 +35,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
 # Torch goes first and alone, so that nothing else decides which build of it comes.
 $(TORCH_STAMP):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
@@ -50,5 +54,9 @@ $(VENV)/.test: $(VENV)/.train
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,bench,test]' '$(TRITON)'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.train
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info rpo_kernels/_native*.so
+	rm -rf $(VENV) site build dist *.egg-info rpo_kernels/_native*.so
