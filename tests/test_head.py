@@ -16,6 +16,7 @@ from rpo_kernels import (
 from rpo_kernels.head import gemm, plan, tiles
 from rpo_kernels.head.schedule import Saved
 from rpo_kernels.kernels import dispatch
+from rpo_kernels.kernels.interface import TokenOptions
 
 OPS = torch.ops.rpo_kernels
 VALUE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.float16: 5e-6}
@@ -411,8 +412,21 @@ def test_filter_saves_products(backend, backend_device, monkeypatch):
 def test_opcheck(backend, backend_device, gradient_filter):
     hidden, weight, bias, labels = make((2, 6), device=backend_device, bias=True)
     rows = hidden.detach().flatten(0, 1).requires_grad_()
-    arguments = (rows, weight, bias, labels, 1.0, None, 1.0, -100, True, True, True, 10**6, gradient_filter, backend)
-    torch.library.opcheck(OPS.linear_token_logprobs, arguments, rtol=1e-4, atol=1e-5)
+    options = {**TokenOptions(shift=True)._asdict(), "gradient_filter": gradient_filter, "backend": backend}
+    needs = dict(needs_hidden=True, needs_weight=True)
+    arguments = (rows, weight, bias, labels)
+    torch.library.opcheck(
+        OPS.linear_token_logprobs, arguments, {**options, **needs, "memory_budget": 10**6}, rtol=1e-4, atol=1e-5
+    )
+    arguments = tuple(x.detach() for x in arguments)
+    logps, _, *saved = OPS.linear_token_logprobs(*arguments, **options, **needs, memory_budget=10**6)
+    torch.library.opcheck(
+        OPS.linear_token_logprobs_grad,
+        (*arguments, torch.ones_like(logps), saved),
+        {**options, **needs, "needs_bias": True},
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -493,10 +507,12 @@ def test_nothing_is_kept_without_grad(backend, backend_device):
     with torch.no_grad():
         assert not linear_token_logprobs(hidden, weight, labels, backend=backend).requires_grad
         outputs = OPS.linear_token_logprobs(
-            hidden.flatten(0, 1), weight, None, labels, 1.0, None, 1.0, -100, False, False, False, None, None, backend
+            *(hidden.flatten(0, 1), weight, None, labels),
+            **TokenOptions()._asdict(),
+            **dict(needs_hidden=False, needs_weight=False, memory_budget=None, gradient_filter=None, backend=backend),
         )
     saved = Saved(*outputs[2:])
-    assert saved.kept.numel() == saved.unit.numel() == saved.log_scale.numel() == 0
+    assert saved.kept.numel() == saved.unit.numel() == saved.references.numel() == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- losses

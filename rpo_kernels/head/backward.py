@@ -7,11 +7,21 @@ from torch import Tensor
 
 from ..kernels.interface import RowStats
 from . import gemm
-from .schedule import Place, Saved, Schedule
+from .schedule import Needs, Place, Saved, Schedule
 from .tiles import Head, Scratch
 
 
-def backward_hidden(head: Head, saved: Saved, grad_logps: Tensor) -> Tensor:
+def backward(
+    head: Head, saved: Saved, labels: Tensor, grad_logps: Tensor, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the hidden states, the weight and the bias; empty where not needed."""
+    hidden = _hidden(head, saved, grad_logps) if needs.hidden else head.hidden.new_empty(0)
+    if needs.weight or needs.bias:
+        return hidden, *_weight_and_bias(head, saved, labels, grad_logps, needs.weight, needs.bias)
+    return hidden, head.weight.new_empty(0), head.weight.new_empty(0)
+
+
+def _hidden(head: Head, saved: Saved, grad_logps: Tensor) -> Tensor:
     """Gradient of the hidden states `[M, H]`."""
     gradient = torch.zeros_like(head.hidden)
     index, factor = saved.positions - int(head.options.shift), grad_logps.flatten()[saved.positions]
@@ -20,7 +30,7 @@ def backward_hidden(head: Head, saved: Saved, grad_logps: Tensor) -> Tensor:
     return gradient
 
 
-def backward_weight(
+def _weight_and_bias(
     head: Head, saved: Saved, labels: Tensor, grad_logps: Tensor, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight `[V, H]` and the bias `[V]`; empty where not needed."""
@@ -86,7 +96,7 @@ class _Backward:
             unit = self.scratch.tile(*shape).copy_(unit)
         if place.columns < 0:
             return unit, None
-        return unit, self.saved.columns[place.columns_offset : place.columns_offset + place.columns]
+        return unit, self.saved.active.view(torch.int32)[place.columns_offset : place.columns_offset + place.columns]
 
     def factors(self, tile: int, rows: slice, place: Place) -> tuple[Tensor, slice, Tensor]:
         """The loss's factor and s of these rows; those whose label lies in the tile, and the loss's factor and gain
@@ -94,7 +104,7 @@ class _Backward:
         if place.offset < 0:
             return self.factor[rows], slice(0, 0), self.factor[:0]
         own = self.schedule.label_rows(rows, tile)
-        scale = self.saved.log_scale[tile, rows].exp().mul_(self.factor[rows])
+        scale = self.saved.references[tile, rows].exp().mul_(self.factor[rows])
         return scale, own, self.saved.stats[3, own] * self.factor[own]
 
 

@@ -16,14 +16,13 @@ from torch import Tensor
 from ..kernels.interface import ActiveColumns, RowStats, TokenOptions
 from . import gemm
 from .plan import DENSE_SHARE, EDGE, MemoryPlan
-from .schedule import Rows, Saved, Schedule
+from .schedule import Forward, Needs, Rows, Saved, Schedule
 from .tiles import Head, KeptTiles, Scratch
 
 
-def forward(
-    head: Head, rows: Rows, plan: MemoryPlan, needs_hidden: bool, threshold: float | None
-) -> tuple[Tensor, Tensor, Saved]:
-    """Log-probabilities of the scored rows `[N]`, the gradient mass that the filter dropped `[N]`, and what to save."""
+def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
+    """Log-probabilities of the scored rows, the gradient mass that the filter dropped, and what to save."""
+    needs_hidden, threshold = needs.hidden, needs.threshold
     count, (vocab, width) = len(rows.positions), head.weight.shape
     bounds = [rows.bounds[min(i * plan.tile_columns // EDGE, len(rows.bounds) - 1)] for i in range(plan.tiles + 1)]
     schedule = Schedule(count, vocab, plan.chunk_rows, plan.tile_columns, bounds)
@@ -51,7 +50,8 @@ def forward(
             unit[span] = chunk.gradient
         del chunk
     kept, active = store.filled()
-    return stats[0].clone(), dropped, Saved(rows.positions, stats, log_scale, unit, kept, active, schedule.dump())
+    saved = Saved(rows.positions, stats, log_scale, unit, kept, active.view(torch.uint8), schedule.dump())
+    return Forward(stats[0].clone(), dropped, saved)
 
 
 class _Chunk:

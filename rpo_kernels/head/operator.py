@@ -1,5 +1,7 @@
 """Head level: log-probabilities from hidden states and the LM head's weight, as a differentiable torch operator."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,11 +9,10 @@ from .._registration import TOKEN_OPTIONS, register
 from ..kernels.interface import TokenOptions
 from ..logprobs import check_label_range
 from ..shared_rows import take_rows
-from .backward import backward_hidden, backward_weight
-from .forward import forward
 from .plan import memory_plan, parse_budget
-from .schedule import Saved, find_rows
+from .schedule import Needs, Saved, find_rows
 from .tiles import Head
+from .walk import walk_for
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 _SAVED = [f"Tensor {name}" for name in Saved._fields]
@@ -100,12 +101,12 @@ def logprobs_and_dropped(
         weight,
         bias,
         labels.flatten(0, -2) if labels.ndim > 1 else labels[None],
-        *options,
-        grad and hidden.requires_grad,
-        grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
-        budget,
-        gradient_filter,
-        backend,
+        **options._asdict(),
+        needs_hidden=grad and hidden.requires_grad,
+        needs_weight=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        memory_budget=budget,
+        gradient_filter=gradient_filter,
+        backend=backend,
     )
     return logps.reshape(labels.shape), dropped.reshape(labels.shape)
 
@@ -141,16 +142,23 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) 
 
 
 def _forward(
-    hidden, weight, bias, labels, scale, softcap, temperature, ignore_index, shift,
-    needs_hidden, needs_weight, budget, gradient_filter, backend,
-):  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    needs_hidden: bool,
+    needs_weight: bool,
+    memory_budget: int | None,
+    gradient_filter: float | None,
+    backend: str | None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
     vocab, width = weight.shape
-    check_label_range(labels, vocab, ignore_index)
-    options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
-    rows = find_rows(labels, vocab, options)
-    head = Head(hidden, weight, bias, options, backend)
-    if not (needs_hidden or needs_weight):
-        gradient_filter = None
+    check_label_range(labels, vocab, options["ignore_index"])
+    rows = find_rows(labels, vocab, TokenOptions(**options))
+    head = Head(hidden, weight, bias, TokenOptions(**options), backend)
+    needs = Needs(needs_hidden, needs_weight, threshold=gradient_filter if needs_hidden or needs_weight else None)
     plan = memory_plan(
         len(rows.positions),
         width,
@@ -159,36 +167,43 @@ def _forward(
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
         positions=labels.numel(),
-        memory_budget=budget,
-        gradient_filter=gradient_filter,
-        softcap=softcap,
+        memory_budget=memory_budget,
+        gradient_filter=needs.threshold,
+        softcap=options["softcap"],
         device=hidden.device,
         backend=head.backend_name,
     )
-    values, mass, saved = forward(head, rows, plan, needs_hidden, gradient_filter)
+    logps, dropped, saved = walk_for(head, needs).forward(head, rows, plan, needs)
     results = []
-    for scored in (values, mass):
+    for scored in (logps, dropped):
         result = scored.new_zeros(labels.numel())
         results.append(result.index_copy_(0, rows.positions, scored).view(labels.shape))
     return *results, *saved
 
 
 def _grad(
-    hidden, weight, bias, labels, grad_logps, positions, stats, log_scale, unit, kept, columns, schedule,
-    scale, softcap, temperature, ignore_index, shift, needs_hidden, needs_weight, needs_bias, backend,
-):  # fmt: skip
-    head = Head(hidden, weight, bias, TokenOptions(scale, softcap, temperature, ignore_index, shift), backend)
-    saved = Saved(positions, stats, log_scale, unit, kept, columns, schedule)
-    grad_hidden, grad_weight, grad_bias = (hidden.new_empty(0) for _ in range(3))
-    if needs_hidden:
-        grad_hidden = backward_hidden(head, saved, grad_logps)
-    if needs_weight or needs_bias:
-        grad_weight, grad_bias = backward_weight(head, saved, labels, grad_logps, needs_weight, needs_bias)
-    return grad_hidden, grad_weight, grad_bias
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    grad_logps: Tensor,
+    saved: list[Tensor],
+    *,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    gradient_filter: float | None,
+    backend: str | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = Head(hidden, weight, bias, TokenOptions(**options), backend)
+    needs = Needs(needs_hidden, needs_weight, needs_bias, gradient_filter)
+    return walk_for(head, needs).backward(head, Saved(*saved), labels, grad_logps, needs)
 
 
-def _fake_forward(hidden, weight, bias, labels, *options):
-    needs_hidden = options[5]
+def _fake_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, needs_hidden: bool, **_: Any
+) -> tuple[Tensor, ...]:
     exact = torch.promote_types(hidden.dtype, torch.float32)
     size = torch.library.get_ctx().new_dynamic_size
     rows = size()
@@ -197,18 +212,25 @@ def _fake_forward(hidden, weight, bias, labels, *options):
         labels.new_empty(labels.shape, dtype=exact),
         *Saved(
             positions=labels.new_empty(rows, dtype=torch.int64),
-            stats=hidden.new_empty(4, rows, dtype=exact),
-            log_scale=hidden.new_empty(size(), rows, dtype=exact),
-            unit=hidden.new_empty(rows if needs_hidden else 0, hidden.shape[1], dtype=exact),
+            stats=hidden.new_empty(size(), rows, dtype=exact),
+            references=hidden.new_empty(size(), rows, dtype=exact),
+            unit=hidden.new_empty(size(), hidden.shape[1], dtype=exact),
             kept=hidden.new_empty(size()),
-            columns=hidden.new_empty(size(), dtype=torch.int32),
+            active=hidden.new_empty(size(), dtype=torch.uint8),
             schedule=hidden.new_empty(size(), dtype=torch.int64, device="cpu"),
         ),
     )
 
 
-def _fake_grad(hidden, weight, bias, labels, grad_logps, *rest):
-    *_, needs_hidden, needs_weight, needs_bias, _ = rest
+def _fake_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    *_: Any,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    **__: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if needs_weight else weight.new_empty(0),
@@ -216,27 +238,33 @@ def _fake_grad(hidden, weight, bias, labels, grad_logps, *rest):
     )
 
 
-def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, labels, *constants = inputs
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros the size of what is kept
-    ctx.save_for_backward(hidden, weight, bias, labels, *output[2:])
-    *ctx.options, _, _, _, _, ctx.backend = constants
+    ctx.save_for_backward(*inputs, *output[2:])
+    not_read = ("needs_hidden", "needs_weight", "memory_budget")
+    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name not in not_read}
 
 
-def _backward(ctx, grad_logps, *_):
+def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_logps is None:
-        return (None,) * 14
+        return None, None, None, None
     hidden, weight, bias, labels, *saved = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
+    needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
     gradients = torch.ops.rpo_kernels.linear_token_logprobs_grad(
-        hidden, weight, bias, labels, grad_logps, *saved, *ctx.options, *needs, ctx.backend
+        *(hidden, weight, bias, labels, grad_logps, saved),
+        **ctx.options,
+        needs_hidden=needs_hidden,
+        needs_weight=needs_weight,
+        needs_bias=needs_bias,
     )
-    return *(gradient if need else None for gradient, need in zip(gradients, needs)), *[None] * 11
+    return *(gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad)), None
 
 
 register(
-    f"linear_token_logprobs({_HEAD}, {TOKEN_OPTIONS}, bool needs_hidden, bool needs_weight, int? memory_budget, "
+    f"linear_token_logprobs({_HEAD}, *, {TOKEN_OPTIONS}, bool needs_hidden, bool needs_weight, int? memory_budget, "
     f"float? gradient_filter, str? backend) -> (Tensor logps, Tensor dropped, {', '.join(_SAVED)})",
     _forward,
     _fake_forward,
@@ -244,8 +272,9 @@ register(
     setup_context=_setup_context,
 )
 register(
-    f"linear_token_logprobs_grad({_HEAD}, Tensor grad_logps, {', '.join(_SAVED)}, {TOKEN_OPTIONS}, bool needs_hidden, "
-    "bool needs_weight, bool needs_bias, str? backend) -> (Tensor hidden, Tensor weight, Tensor bias)",
+    f"linear_token_logprobs_grad({_HEAD}, Tensor grad_logps, Tensor[] saved, *, {TOKEN_OPTIONS}, bool needs_hidden, "
+    "bool needs_weight, bool needs_bias, float? gradient_filter, str? backend)"
+    " -> (Tensor hidden, Tensor weight, Tensor bias)",
     _grad,
     _fake_grad,
 )

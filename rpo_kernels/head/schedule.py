@@ -29,6 +29,15 @@ def find_rows(labels: Tensor, vocab: int, options: TokenOptions) -> Rows:
     return Rows(order[:count].clone(), ordered[:count].clone(), bounds)
 
 
+class Needs(NamedTuple):
+    """What a call is to give beside the log-probabilities."""
+
+    hidden: bool  # gradients
+    weight: bool
+    bias: bool = False  # forward keeps for the bias what it keeps for the weight
+    threshold: float | None = None  # of the gradient filter; None is exact
+
+
 class Place(NamedTuple):
     """Where the U of one chunk and tile is kept."""
 
@@ -69,15 +78,23 @@ class Schedule:
 
 
 class Saved(NamedTuple):
-    """What forward leaves for backward: the operator's outputs after its results."""
+    """What forward leaves for backward, as outputs of the operator; a walk may leave any of them empty."""
 
-    positions: Tensor  # [N]
+    positions: Tensor  # [N] int64
     stats: Tensor  # [4, N]: logp, max, sumexp, label gain
-    log_scale: Tensor  # [tiles, N]: log s of the tiles of which something may be kept
+    references: Tensor  # [tiles, N]: log s of the tiles of which something may be kept
     unit: Tensor  # [N, H]: dlogp/dhidden, not rounded; or [0, H]
     kept: Tensor  # flat: U
-    columns: Tensor  # flat int32: active columns, counted from the tile's first
+    active: Tensor  # flat uint8: active columns, counted from the tile's first, int32 each
     schedule: Tensor  # flat int64, on the CPU
+
+
+class Forward(NamedTuple):
+    """What forward gives: results of the scored rows, and what backward reads."""
+
+    logps: Tensor  # [N]
+    dropped: Tensor  # [N]: gradient mass that the filter left out
+    saved: Saved
 
 
 def spans(total: int, step: int) -> list[slice]:

@@ -1,0 +1,27 @@
+"""The walks over the head's logits, of which one serves a call: forward to log-probabilities, backward to gradients."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .backward import backward
+from .forward import forward
+from .schedule import Forward, Needs
+from .tiles import Head
+
+
+class Walk(NamedTuple):
+    """One way to go from hidden states to log-probabilities and back.
+
+    forward(head, rows, plan, needs) gives the scored rows' results and what backward reads. backward(head, saved,
+    labels, grad_logps, needs) gives the gradients of the hidden states, weight and bias; empty where not needed.
+    """
+
+    forward: Callable[..., Forward]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def walk_for(head: Head, needs: Needs) -> Walk:
+    """The walk that serves this head."""
+    return Walk(forward, backward)
