@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from rpo_kernels.fused import kernel as fused_kernel
 from rpo_kernels.fused.kernel import SequenceReduction, Tokens
-from rpo_kernels.kernels.interface import RowStats
+from rpo_kernels.kernels.interface import OUTPUT_FIELDS, RowStats
 from rpo_kernels.kernels.triton import grad, stats
 from rpo_kernels.kernels.triton import tiling as tilings
 
@@ -31,6 +31,7 @@ TARGETS = {
 }
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ALL = tuple(OUTPUT_FIELDS)
 ABSENT = "constexpr"  # an argument that is None is a constant to Triton
 INTEGERS = dict.fromkeys(tilings.INTEGERS, "i32")
 STRIDES = ("i32", "i32")
@@ -68,11 +69,15 @@ def row_builds(target: GPUTarget) -> list[Build]:
         for build in (
             *(row_stats(dtype, **at) for dtype in BYTES),
             row_stats("bf16", softcap=True, **at),
-            row_stats("bf16", extras=True, running=True, **at),
+            row_stats("bf16", outputs=ALL, running=True, **at),
+            row_stats("bf16", outputs=ALL, softcap=True, **at),
+            *(row_stats("bf16", outputs=(name,), **at) for name in ALL),
             row_stats("bf16", split=True, **at),
             *(row_grad(dtype, **at) for dtype in BYTES),
             row_grad("bf16", softcap=True, **at),
             row_grad("bf16", active=True, **at),
+            row_grad("bf16", entropy=True, **at),
+            row_grad("bf16", entropy=True, softcap=True, **at),
             row_grad("bf16", vector=1, **at),
             row_grad("fp32", out="bf16", **at),
         ):
@@ -81,25 +86,26 @@ def row_builds(target: GPUTarget) -> list[Build]:
     return [*builds.values(), combine()]
 
 
-def row_stats(dtype, columns, target, softcap=False, extras=False, running=False, split=False) -> Build:
+def row_stats(dtype, columns, target, softcap=False, outputs=(), running=False, split=False) -> Build:
     tiling, shape, num_warps = _tiling(columns, 16 // BYTES[dtype], target)
-    signature = dict(logits="*" + dtype, **_stats_arguments(extras))
+    signature = dict(logits="*" + dtype, **_stats_arguments(outputs))
     if split:
         signature["partial"] = "*fp32"
-    flags = dict(SOFTCAP=softcap, SHIFT=False, EXTRAS=extras, RUNNING=running)
-    name = _name("row_stats", dtype, shape, softcap=softcap, extras=extras, running=running, split=split)
-    absent = ([] if split else [(3,)]) + ([] if extras else [(2, 4), (2, 5)])
+    flags = dict(SOFTCAP=softcap, SHIFT=False, RUNNING=running)
+    asked = "all outputs" if outputs == ALL else " ".join(outputs) or "none"
+    name = _name("row_stats", dtype, shape, softcap=softcap, running=running, split=split, **{asked: bool(outputs)})
+    absent = ([] if split else [(3,)]) + [(2, i) for i, x in enumerate(signature["stats"]) if x == ABSENT]
     per_thread = tiling.vector * tiling.steps
     return Build(name, stats.row_stats_kernel, signature, flags | shape, absent, num_warps, per_thread)
 
 
 def combine() -> Build:
-    signature = dict(logits="*bf16", partial="*fp32", **_stats_arguments(True))
-    flags = dict(SOFTCAP=False, SHIFT=False, EXTRAS=True, RUNNING=True, SPLITS=16)
+    signature = dict(logits="*bf16", partial="*fp32", **_stats_arguments(ALL))
+    flags = dict(SOFTCAP=False, SHIFT=False, RUNNING=True, SPLITS=16)
     return Build("combine splits=16", stats.combine_kernel, signature, flags, [], 1)
 
 
-def row_grad(dtype, columns, target, out=None, softcap=False, active=False, vector=None) -> Build:
+def row_grad(dtype, columns, target, out=None, softcap=False, active=False, entropy=False, vector=None) -> Build:
     out = out or dtype
     tiling, shape, num_warps = _tiling(columns, vector or 16 // min(BYTES[dtype], BYTES[out]), target)
     signature = dict(logits="*" + dtype, out="*" + out, labels="*i64")
@@ -107,11 +113,14 @@ def row_grad(dtype, columns, target, out=None, softcap=False, active=False, vect
     if active:
         signature["active"] = "*u8"
     signature |= dict.fromkeys(("logps", "tops", "sumexps", "grad_logps"), "*fp32") | INTEGERS
-    signature |= dict.fromkeys(("logits_strides", "out_strides", "labels_strides", "grad_strides"), STRIDES)
+    signature |= dict.fromkeys(("entropies", "grad_entropies"), "*fp32") if entropy else {}
+    strides = ("logits_strides", "out_strides", "labels_strides", "grad_strides", "entropy_strides")
+    signature |= dict.fromkeys(strides, STRIDES)
     flags = dict(SOFTCAP=softcap, SHIFT=False)
     dtypes = dtype if out == dtype else f"{dtype}->{out}"
-    name = _name("row_grad", dtypes, shape, softcap=softcap, active=active)
-    absent = [] if active else [(2,)]
+    name = _name("row_grad", dtypes, shape, softcap=softcap, active=active, entropy=entropy)
+    names = grad.row_grad_kernel.arg_names
+    absent = [(names.index(x),) for x in ("active", "entropies", "grad_entropies") if x not in signature]
     per_thread = tiling.vector * tiling.steps
     return Build(name, grad.row_grad_kernel, signature, flags | shape, absent, num_warps, per_thread)
 
@@ -208,8 +217,9 @@ def _tiling(columns, vector, target):
     return tiling, dict(VECTOR=tiling.vector, LANES=lanes, STEPS=tiling.steps), tilings.NUM_WARPS
 
 
-def _stats_arguments(extras: bool) -> dict[str, Any]:
-    stats = RowStats(*["*fp32"] * 4, *["*fp32" if extras else ABSENT] * 2)  # type: ignore[arg-type]
+def _stats_arguments(outputs: tuple[str, ...]) -> dict[str, Any]:
+    wanted = {*RowStats._fields[:4], *(OUTPUT_FIELDS[name] for name in outputs)}
+    stats = RowStats(*("*fp32" if name in wanted else ABSENT for name in RowStats._fields))  # type: ignore[arg-type]
     strides = dict(logits_strides=STRIDES, labels_strides=STRIDES)
     return dict(labels="*i64", stats=stats, inner="fp32", outer="fp32", **strides, **INTEGERS)
 

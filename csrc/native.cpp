@@ -60,7 +60,10 @@ struct Logits {
 };
 
 struct Stats {
-  float *logp, *max, *sumexp, *label_logit, *weighted, *total;
+  float *logp, *max, *sumexp, *label_logit;
+  float *weighted, *total, *top_before, *squares;  // null where not wanted
+
+  bool wants_sums() const { return weighted || total || squares; }
 };
 
 struct Grad {
@@ -70,6 +73,8 @@ struct Grad {
   int64_t out_stride[2];
   DType out_dtype;
   Active active;
+  const float *entropy, *grad_entropy;  // null without
+  int64_t grad_entropy_stride[2];
 };
 
 // `parallel(f, arg, threads, 0)` calls f(arg) on each thread of torch's own OpenMP pool; null if torch has none.
@@ -170,18 +175,21 @@ struct Segment {
 // ---- statistics
 
 struct Row {
-  double max = -kInfinity, label_logit = -kInfinity, sumexp = 0, weighted = 0, total = 0;
+  double max = -kInfinity, label_logit = -kInfinity, sumexp = 0, weighted = 0, total = 0, top_before = -kInfinity,
+         squares = 0;
 };
 
 double larger(double a, double b) { return std::isnan(a) || a > b ? a : b; }  // NaN if either is
 
 // Adds sums taken against `reference`; `row.max` is final.
-void add(Row& row, double reference, double sumexp, double weighted, double total) {
+template <class Sums>
+void add(Row& row, double reference, const Sums& sums) {
   const double finite_max = row.max == -kInfinity ? 0 : row.max;
-  const double away = sumexp > 0 ? reference - finite_max : 0, weight = std::exp(away);
-  row.sumexp += sumexp * weight;
-  row.weighted += (weighted + sumexp * away) * weight;
-  row.total += total;
+  const double away = sums.sumexp > 0 ? reference - finite_max : 0, weight = std::exp(away);
+  row.sumexp += sums.sumexp * weight;
+  row.weighted += (sums.weighted + sums.sumexp * away) * weight;
+  row.total += sums.total;
+  row.squares += sums.squares * weight * weight;
 }
 
 // Largest logit and sum of a segment in which there is a NaN or an infinity.
@@ -202,8 +210,11 @@ Row combine(const Logits& l, const Position& p, const Partial* partials, const R
   row.max = running.max;
   for (const Partial* i = partials; i < end; ++i) row.max = larger(row.max, transform(l.options, i->top));
   row.max = double(float(row.max));  // as it is stored: the sums are relative to that
-  add(row, running.max, running.sumexp, running.weighted, running.total);
-  for (const Partial* i = partials; i < end; ++i) add(row, i->reference, i->sumexp, i->weighted, i->total);
+  add(row, running.max, running);
+  for (const Partial* i = partials; i < end; ++i) add(row, i->reference, *i);
+  row.top_before = running.top_before;
+  for (const Partial* i = partials; i < end; ++i)
+    row.top_before = larger(row.top_before, transform(l.options, i->top_before));
 
   row.label_logit = running.label_logit;
   const int64_t column = p.label - l.first_column;
@@ -214,13 +225,16 @@ Row combine(const Logits& l, const Position& p, const Partial* partials, const R
 
 void finish(const Logits& l, const Position& p, const Partial* partials, bool continued, const Stats& out) {
   const int64_t i = p.b * l.time + p.t;
-  Row row{0, 0, 1, 0, 0};
+  Row row{0, 0, 1, 0, 0, 0, 1};
   double logp = 0;
   if (p.is_scored) {
     Row running;
     if (continued) {
-      running = {out.max[i], out.label_logit[i], out.sumexp[i], 0, 0};
-      if (out.weighted) running.weighted = out.weighted[i], running.total = out.total[i];
+      running = {out.max[i], out.label_logit[i], out.sumexp[i]};
+      if (out.weighted) running.weighted = out.weighted[i];
+      if (out.total) running.total = out.total[i];
+      if (out.top_before) running.top_before = out.top_before[i];
+      if (out.squares) running.squares = out.squares[i];
     }
     row = combine(l, p, partials, running);
     logp = row.label_logit - row.max - std::log(row.sumexp);
@@ -230,9 +244,17 @@ void finish(const Logits& l, const Position& p, const Partial* partials, bool co
   out.max[i] = float(row.max);
   out.sumexp[i] = float(row.sumexp);
   out.label_logit[i] = float(row.label_logit);
-  if (!out.weighted) return;
-  out.weighted[i] = float(row.weighted);
-  out.total[i] = float(row.total);
+  if (out.weighted) out.weighted[i] = float(row.weighted);
+  if (out.total) out.total[i] = float(row.total);
+  if (out.top_before) out.top_before[i] = float(row.top_before);
+  if (out.squares) out.squares[i] = float(row.squares);
+}
+
+// Largest logit of a segment among the columns before the label's.
+float top_before_label(const Level* level, const Logits& l, const Position& p, const Segment& s, const Partial& partial) {
+  const int64_t column = p.label - l.first_column - s.first;
+  if (column >= s.columns) return partial.top;
+  return column > 0 ? level->largest(l.dtype, p.row + s.first * element_size(l.dtype), column) : -kInfinity;
 }
 
 // ---- gradient
@@ -244,14 +266,23 @@ GradRow grad_row(const Logits& l, const Position& p, const Segment& s, const Gra
   const double outer = g.grad_logps[p.b * g.grad_logps_stride[0] + p.t * g.grad_logps_stride[1]];
   GradRow row{};
   row.reference = quiet(g.max[i]);
-  row.factor = float(quiet(-outer * transform_slope(l.options, 0) / g.sumexp[i]));
+  const double unit = -transform_slope(l.options, 0) / g.sumexp[i];
+  row.factor = quiet(outer * unit);
+  double label_entropy = 0;  // the entropy's gradient at the label, before the transform's slope
+  if (g.entropy) {
+    const double inner = g.grad_entropy[p.b * g.grad_entropy_stride[0] + p.t * g.grad_entropy_stride[1]];
+    const double logp = std::max(double(g.logp[i]), -1e4);
+    row.tilt = quiet(inner * unit);
+    row.offset = g.entropy[i] - std::log(g.sumexp[i]);
+    label_entropy = -inner * std::exp(logp) * (logp + g.entropy[i]);
+  }
   row.out_dtype = g.out_dtype;
   row.active = g.active;
   if (row.active.mask) row.active.mask += s.first;
   row.label_column = column >= 0 && column < s.columns ? column : -1;
   if (row.label_column >= 0) {
     const double slope = transform_slope(l.options, element(p.row, l.dtype, s.first + column));
-    row.label_grad = float(quiet(-std::expm1(double(g.logp[i])) * slope * outer));
+    row.label_grad = float(quiet((-std::expm1(double(g.logp[i])) * outer + label_entropy) * slope));
   }
   return row;
 }
@@ -315,8 +346,10 @@ RPO_API int rpo_row_stats(const Level* level, const Workers* workers, const Logi
     const Position p(l, s.position / l.time, s.position % l.time);
     if (!p.is_scored) return;
     const char* x = p.row + s.first * element_size(l.dtype);
-    level->stats(l.options, l.dtype, x, s.columns, out->weighted != nullptr, &partials[item]);
-    if (std::isnan(partials[item].sumexp)) rescan(l, p.row, s, partials[item]);
+    Partial& partial = partials[item];
+    level->stats(l.options, l.dtype, x, s.columns, out->wants_sums(), &partial);
+    if (std::isnan(partial.sumexp)) rescan(l, p.row, s, partial);
+    if (out->top_before) partial.top_before = top_before_label(level, l, p, s, partial);
   });
   for_each(*workers, positions, kFinishGrain, [&](int64_t i) {
     finish(l, Position(l, i / l.time, i % l.time), &partials[i * segments], continued != 0, *out);

@@ -109,7 +109,11 @@ struct Scaled {
     reference = -b / double(a) * scale;
   }
   RPO_INLINE Floats log2_weight(Floats x) const { return multiply_add(x, slope, offset); }
-  RPO_INLINE Floats gradient(Floats x, Floats factor) const { return exp2(log2_weight(x)) * factor; }
+  template <class Factor>
+  RPO_INLINE Floats gradient(Floats x, const Factor& factor) const {
+    const Floats y = log2_weight(x);
+    return exp2(y) * factor(y);
+  }
 };
 
 // The same for huge logits, and for machines whose multiply-add rounds twice.
@@ -125,7 +129,11 @@ struct Centered {
     reference = x * scale;
   }
   RPO_INLINE Floats log2_weight(Floats x) const { return (x - center) * slope; }
-  RPO_INLINE Floats gradient(Floats x, Floats factor) const { return exp2(log2_weight(x)) * factor; }
+  template <class Factor>
+  RPO_INLINE Floats gradient(Floats x, const Factor& factor) const {
+    const Floats y = log2_weight(x);
+    return exp2(y) * factor(y);
+  }
 };
 
 // tanh w for |w| < 0.55 by a polynomial, else as +-(1 - q), q = 1 - tanh|w|; the 1 goes into the constant, so that near
@@ -155,17 +163,20 @@ struct SoftCapped {
     return multiply_add(value, cap, select(is_small, middle, select(is_positive, high, low)));
   }
   RPO_INLINE Floats log2_weight(Floats x) const { return log2_weight(x * slope, complement(x * slope)); }
-  RPO_INLINE Floats gradient(Floats x, Floats factor) const {
-    const Floats w = x * slope, q = complement(w);
-    return exp2(log2_weight(w, q)) * factor * (q * (2.0f - q));  // 1 - tanh^2 = q (2 - q)
+  template <class Factor>
+  RPO_INLINE Floats gradient(Floats x, const Factor& factor) const {
+    const Floats w = x * slope, q = complement(w), y = log2_weight(w, q);
+    return exp2(y) * factor(y) * (q * (2.0f - q));  // 1 - tanh^2 = q (2 - q)
   }
 };
+
+constexpr float kNoWeight = -1e4f;  // log2 of what counts as 0; finite, so that 0 times it is 0
 
 // ---- statistics
 
 template <bool kExtras>
 struct Sums {
-  Floats top = -kInfinity, sumexp, weighted, total;
+  Floats top = -kInfinity, sumexp, weighted, total, squares;
 
   template <class Transform>
   RPO_INLINE void add(const Transform& transform, Floats x) {
@@ -173,8 +184,9 @@ struct Sums {
     top = maximum(x, top);
     sumexp = sumexp + weight;
     if (kExtras) {
-      weighted = weighted + weight * maximum(y, -1e4f);  // 0 where the weight is, not 0 * inf
+      weighted = multiply_add(weight, maximum(y, kNoWeight), weighted);
       total = total + y;
+      squares = multiply_add(weight, weight, squares);
     }
   }
   // Only the columns in `counted`.
@@ -186,12 +198,14 @@ struct Sums {
     sumexp = sumexp + masked(counted, all.sumexp);
     weighted = weighted + masked(counted, all.weighted);
     total = total + masked(counted, all.total);
+    squares = squares + masked(counted, all.squares);
   }
   void add(const Sums& other) {
     top = maximum(other.top, top);
     sumexp = sumexp + other.sumexp;
     weighted = weighted + other.weighted;
     total = total + other.total;
+    squares = squares + other.squares;
   }
 };
 
@@ -231,7 +245,8 @@ inline Partial block_stats(const Transform& transform, const T* x, int64_t colum
     all.add(transform, load_step(tail.x), load_step(tail.counts) > 0.0f);
   }
   return {transform.reference, sum(all.sumexp), sum(all.weighted) * kLn2,
-          sum(all.total) * kLn2 + double(columns) * transform.reference, largest(all.top)};
+          sum(all.total) * kLn2 + double(columns) * transform.reference, sum(all.squares), largest(all.top),
+          -kInfinity};
 }
 
 template <class T>
@@ -241,10 +256,23 @@ inline float glance(const T* x, int64_t columns) {
   return largest(best);
 }
 
+template <class T>
+float largest_of(const T* x, int64_t columns) {
+  Floats best = -kInfinity;
+  int64_t i = 0;
+  for (; i + kStep <= columns; i += kStep) best = maximum(load_step(x + i), best);
+  if (i < columns) {
+    const Tail<T> tail(x + i, columns - i);
+    best = maximum(select(load_step(tail.counts) > 0.0f, load_step(tail.x), -kInfinity), best);
+  }
+  return largest(best);
+}
+
 // Moves sums to another reference.
 inline void refer(Partial& p, double reference) {
   const double away = p.sumexp > 0 ? p.reference - reference : 0.0, weight = __builtin_exp(away);
   p.weighted = (p.weighted + p.sumexp * away) * weight;
+  p.squares *= weight * weight;
   p.sumexp *= weight;
   p.reference = reference;
 }
@@ -253,7 +281,7 @@ template <class T, class Transform, bool kExtras>
 void run_stats(const TokenTransform& options, const T* x, int64_t columns, Partial& run) {
   float near = glance(x, columns);
   Transform transform(options, finite(rpo::transform(options, near)));
-  run = {transform.reference, 0.0, 0.0, 0.0, -kInfinity};
+  run = {transform.reference, 0.0, 0.0, 0.0, 0.0, -kInfinity, -kInfinity};
   for (int64_t i = 0; i < columns; i += kBlock) {
     const int64_t n = columns - i < kBlock ? columns - i : kBlock;
     Partial block = block_stats<T, Transform, kExtras>(transform, x + i, n);
@@ -266,6 +294,7 @@ void run_stats(const TokenTransform& options, const T* x, int64_t columns, Parti
     run.sumexp += block.sumexp;
     run.weighted += block.weighted;
     run.total += block.total;
+    run.squares += block.squares;
     run.top = block.top > run.top ? block.top : run.top;
   }
   if (run.top == -kInfinity) return;
@@ -275,6 +304,7 @@ void run_stats(const TokenTransform& options, const T* x, int64_t columns, Parti
   const double rounded_away = y.a[0] * kLn2, rounded_weight = exp2(y).a[0];
   run.sumexp += weight - rounded_weight;
   run.weighted += weight * away - rounded_weight * rounded_away;
+  run.squares += weight * weight - rounded_weight * rounded_weight;
 }
 
 // ---- gradient
@@ -289,40 +319,58 @@ inline void mark(const rpo::Active& active, Floats gradient, int64_t column, int
       __atomic_store_n(active.mask + column + j, uint8_t(1), __ATOMIC_RELAXED);
 }
 
+// What 2^y is multiplied by.
+struct Constant {
+  Floats factor;
+  RPO_INLINE Floats operator()(Floats) const { return factor; }
+};
+struct Tilted {
+  Floats factor, tilt;
+  RPO_INLINE Floats operator()(Floats y) const { return multiply_add(maximum(y, kNoWeight), tilt, factor); }
+};
+
 template <class T, class Out, class Transform>
 struct Gradient {
   const Transform transform;
-  const Floats factor;
+  const double away, weight;  // from the row's reference to the transform's
+  const Tilted factor;
   const T* const x;
   Out* const out;
   const GradRow& row;
 
   Gradient(const TokenTransform& options, const T* x, Out* out, const GradRow& row)
       : transform(options, finite(row.reference)),
-        factor(float(row.factor * __builtin_exp(transform.reference - finite(row.reference)))),
+        away(transform.reference - finite(row.reference)), weight(__builtin_exp(away)),
+        factor{float((row.factor + row.tilt * (row.offset + away)) * weight), float(row.tilt * kLn2 * weight)},
         x(x), out(out), row(row) {}
 
-  RPO_INLINE Floats step(const T* from, int64_t column, int64_t columns, bool marks) const {
-    const Floats gradient = transform.gradient(load_step(from), factor);
+  RPO_INLINE Floats step(const T* from, int64_t column, int64_t columns, bool marks, bool tilts) const {
+    const Floats logits = load_step(from);
+    const Floats gradient =
+        tilts ? transform.gradient(logits, factor) : transform.gradient(logits, Constant{factor.factor});
     if (marks && any(exceeds(absolute(gradient), row.active.threshold)))
       mark<T>(row.active, gradient, column, columns, row.label_column);
     return reorder<T, Out>(gradient);
   }
   // Whole steps from column i on; returns the column where they end.
-  template <bool kStream, bool kMarks>
+  template <bool kStream, bool kMarks, bool kTilts>
   int64_t steps(int64_t i, int64_t columns) const {
     for (; i + kStep <= columns; i += kStep) {
       prefetch(x + i);
-      store_step<kStream>(out + i, step(x + i, i, kStep, kMarks));
+      store_step<kStream>(out + i, step(x + i, i, kStep, kMarks, kTilts));
     }
     return i;
+  }
+  template <bool kStream, bool kMarks>
+  int64_t steps(int64_t i, int64_t columns) const {
+    return row.tilt != 0 ? steps<kStream, kMarks, true>(i, columns) : steps<kStream, kMarks, false>(i, columns);
   }
   // Columns i to `end`, fewer than a step.
   void rest(int64_t i, int64_t end) const {
     if (i == end) return;
     const Tail<T> tail(x + i, end - i);
     Out result[kStep];
-    store_step<false>(result, step(tail.x, i, end - i, row.active.mask != nullptr));
+    store_step<false>(result, step(tail.x, i, end - i, row.active.mask != nullptr, row.tilt != 0));
     __builtin_memcpy(out + i, result, size_t(end - i) * sizeof(Out));
   }
   void label() const {
@@ -379,6 +427,12 @@ void stats(const TokenTransform& options, DType dtype, const void* x, int64_t n,
   stats_with<Centered>(options, dtype, x, n, extras, out);
 }
 
+float largest_logit(DType dtype, const void* x, int64_t columns) {
+  float top = -kInfinity;
+  with_type(dtype, [&](auto element) { top = largest_of(static_cast<const decltype(element)*>(x), columns); });
+  return top;
+}
+
 template <class Transform>
 void grad_with(const TokenTransform& options, DType dtype, const void* x, int64_t columns, const GradRow& row) {
   with_type(dtype, [&](auto element) {
@@ -405,5 +459,5 @@ void grad(const TokenTransform& options, DType dtype, const void* x, int64_t col
 
 namespace rpo {
 extern const Level RPO_NAME(RPO_LEVEL);
-const Level RPO_NAME(RPO_LEVEL) = {RPO_STRING(RPO_LEVEL), stats, grad};
+const Level RPO_NAME(RPO_LEVEL) = {RPO_STRING(RPO_LEVEL), stats, grad, largest_logit};
 }  // namespace rpo

@@ -14,11 +14,12 @@ struct TokenTransform {
 double transform(const TokenTransform& options, double x);
 double transform_slope(const TokenTransform& options, double x);
 
-// Statistics of a run of columns. `sumexp` and `weighted` are relative to `reference`, a value of z near the maximum.
-// `top` is the largest x that is not NaN; a NaN or an infinity among the columns makes `sumexp` NaN.
+// Statistics of a run of columns. The sums of exponentials are relative to `reference`, a value of z near the maximum.
+// `top` is the largest x that is not NaN; a NaN or an infinity among the columns makes `sumexp` NaN. `top_before` is the
+// largest x before the label's column.
 struct Partial {
-  double reference, sumexp, weighted, total;
-  float top;
+  double reference, sumexp, weighted, total, squares;
+  float top, top_before;
 };
 
 // Columns to mark with 1 in `mask` (null: none) where the gradient exceeds `threshold` or is NaN.
@@ -27,10 +28,10 @@ struct Active {
   float threshold;
 };
 
-// One row's part in the gradient: factor * exp(z - reference), times dz/dx over its value at x = 0.
+// One row's part in the gradient: (factor + tilt * (z - reference + offset)) * exp(z - reference), times dz/dx over its
+// value at x = 0. `tilt` is the entropy's part, 0 where none is wanted.
 struct GradRow {
-  double reference;
-  float factor;
+  double reference, factor, tilt, offset;
   bool stream;           // store past the caches
   int64_t label_column;  // -1: not among these columns
   float label_grad;      // what stands there
@@ -44,6 +45,7 @@ struct Level {
   const char* name;
   void (*stats)(const TokenTransform&, DType, const void* x, int64_t columns, bool extras, Partial* out);
   void (*grad)(const TokenTransform&, DType, const void* x, int64_t columns, const GradRow&);
+  float (*largest)(DType, const void* x, int64_t columns);  // -inf of none; passes over NaN
 };
 
 }  // namespace rpo

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from rpo_kernels.kernels import native, reference
-from rpo_kernels.kernels.interface import ActiveColumns, TokenOptions
+from rpo_kernels.kernels.interface import OUTPUT_FIELDS, ActiveColumns, TokenOptions
 
+ALL = tuple(OUTPUT_FIELDS)
 ROOT = Path(__file__).parent.parent
 needs_native = pytest.mark.skipif(not native.available(), reason=f"native: {native.reason()}")
 LEVELS = native.levels() if native.available() else ["none"]
@@ -51,7 +52,7 @@ def make_batch(shape=(2, 3, 1003), dtype=torch.float32, spread=6.0, seed=0):
 
 def exactly(logits, labels, grad_logps, options):
     """Statistics and gradient by the definition in float64."""
-    stats = reference.row_stats(logits.double(), labels, options, extras=True)
+    stats = reference.row_stats(logits.double(), labels, options, outputs=ALL)
     return stats, reference.row_grad(logits.double(), labels, stats, grad_logps.double(), options)
 
 
@@ -87,9 +88,9 @@ def test_accuracy_in_float32(level, vocab, spread, options):
     """2e-6 in log-probability beyond rounding the value itself, 1e-6 in the gradient's norm, for |logit| <= 50."""
     logits, labels, grad_logps = make_batch((2, 4, vocab), spread=spread)
     exact, exact_grad = exactly(logits, labels, grad_logps, options)
-    stats = native.row_stats(logits, labels, options, extras=True)
+    stats = native.row_stats(logits, labels, options, outputs=ALL)
     assert ((stats.logp - exact.logp).abs() <= 2e-6 + rounding_of(exact.logp)).all()
-    assert (stats.entropy - exact.entropy).abs().max() < 5e-6
+    assert (stats.output("entropy", 1) - exact.output("entropy", 1)).abs().max() < 5e-6
     assert (stats.total - exact.total).abs().max() < 1e-6 * exact.max.abs().max() * vocab
     grad = native.row_grad(logits, labels, stats, grad_logps, options)
     assert (grad - exact_grad).norm() <= 1e-6 * exact_grad.norm()
@@ -110,15 +111,15 @@ def test_maximum_anywhere(level):
     for column in (0, 300, 8191, 8192, 32767, 32768, 39999):
         logits, labels, _ = make_batch((1, 1, vocab), spread=1.0)
         logits[0, 0, column] = 45.0
-        exact = reference.row_stats(logits.double(), labels, extras=True)
-        stats = native.row_stats(logits, labels, extras=True)
+        exact = reference.row_stats(logits.double(), labels, outputs=ALL)
+        stats = native.row_stats(logits, labels, outputs=ALL)
         torch.testing.assert_close(stats.logp.double(), exact.logp, rtol=0, atol=3e-6)
-        torch.testing.assert_close(stats.entropy.double(), exact.entropy, rtol=0, atol=2e-6)
+        torch.testing.assert_close(stats.output("entropy", 1).double(), exact.output("entropy", 1), rtol=0, atol=2e-6)
     rising = torch.linspace(-50, 50, vocab).view(1, 1, vocab)
-    exact = reference.row_stats(rising.double(), torch.zeros(1, 1, dtype=torch.long), extras=True)
-    stats = native.row_stats(rising, torch.zeros(1, 1, dtype=torch.long), extras=True)
+    exact = reference.row_stats(rising.double(), torch.zeros(1, 1, dtype=torch.long), outputs=ALL)
+    stats = native.row_stats(rising, torch.zeros(1, 1, dtype=torch.long), outputs=ALL)
     torch.testing.assert_close(stats.sumexp.double(), exact.sumexp, rtol=1e-6, atol=0)
-    torch.testing.assert_close(stats.entropy.double(), exact.entropy, rtol=0, atol=2e-6)
+    torch.testing.assert_close(stats.output("entropy", 1).double(), exact.output("entropy", 1), rtol=0, atol=2e-6)
 
 
 def test_exponential_over_its_whole_range(level):
@@ -232,8 +233,8 @@ def test_neighbours_are_not_touched(level, dtype, columns):
     around = torch.full((1, 2, before + columns + after), torch.nan, dtype=dtype)
     inside = around[..., before : before + columns]
     inside.copy_(logits)
-    stats = native.row_stats(inside, labels, extras=True)
-    for value, expected in zip(stats, native.row_stats(logits, labels, extras=True)):
+    stats = native.row_stats(inside, labels, outputs=ALL)
+    for value, expected in zip(stats, native.row_stats(logits, labels, outputs=ALL)):
         assert torch.equal(value, expected)
     native.row_grad(inside, labels, stats, grad_logps, out=inside)
     assert torch.equal(inside, native.row_grad(logits, labels, stats, grad_logps))
@@ -308,7 +309,7 @@ def test_same_bits_on_any_number_of_threads(level, threads, monkeypatch, shape):
         monkeypatch.setattr(native, "_openmp", lambda pool=pool: pool)
         for count in (1, 2, 3, 8):
             threads(count)
-            stats = native.row_stats(logits, labels, extras=True)
+            stats = native.row_stats(logits, labels, outputs=ALL)
             results.append((*stats, native.row_grad(logits, labels, stats, grad_logps)))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0]))

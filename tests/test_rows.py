@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from rpo_kernels.kernels import dispatch, reference
-from rpo_kernels.kernels.interface import ActiveColumns, TokenOptions
+from rpo_kernels.kernels.interface import OUTPUT_FIELDS, ActiveColumns, EntropyGrad, TokenOptions
 
 # Triton's interpreter computes in NumPy, which warns where exponentials of huge logits overflow as intended.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 PLAIN = TokenOptions()
+ALL = tuple(OUTPUT_FIELDS)
 TRANSFORMS = {
     "plain": PLAIN,
     "temperature": TokenOptions(temperature=0.7, logit_scale=0.3),
@@ -48,6 +49,7 @@ def assert_stats_match(stats, logits, labels, options=PLAIN, logp_error=2e-6, **
     bounds = dict(logp=(0, logp_error), max=(2e-7, 2e-7), sumexp=(2e-5, 0), label_logit=(2e-7, 2e-7))
     # The weighted sum nears cancellation, entropy does not; the sum of logits cancels to its terms' rounding.
     bounds |= dict(weighted=(2e-5, 2e-5), total=(2e-6, logits.shape[-1] * 1e-6))
+    bounds |= dict(top_before=(2e-7, 2e-7), squares=(4e-5, 0))
     for name, (relative, absolute) in bounds.items():
         value, target = getattr(stats, name), getattr(expected, name)
         if target is None:
@@ -64,10 +66,15 @@ def assert_stats_match(stats, logits, labels, options=PLAIN, logp_error=2e-6, **
         )
 
 
-def assert_grad_matches(grad, logits, labels, grad_logps, options=PLAIN):
+def assert_grad_matches(grad, logits, labels, grad_logps, options=PLAIN, grad_entropy=None):
     """Compare with the definition in float64: each entry to half a unit in the last place and a little more."""
-    exact = reference.row_stats(logits.double().cpu(), labels.cpu(), options)
-    expected = reference.row_grad(logits.double().cpu(), labels.cpu(), exact, grad_logps.double().cpu(), options)
+    exact = reference.row_stats(logits.double().cpu(), labels.cpu(), options, outputs=("entropy",))
+    entropy = None
+    if grad_entropy is not None:
+        entropy = EntropyGrad(exact.output("entropy", logits.shape[-1]), grad_entropy.double().cpu())
+    expected = reference.row_grad(
+        logits.double().cpu(), labels.cpu(), exact, grad_logps.double().cpu(), options, entropy=entropy
+    )
     assert grad.shape == logits.shape
     rounding = HALF_ULP[grad.dtype] * 1.01
     smallest = 2**-24 if grad.dtype == torch.float16 else 1e-12
@@ -88,23 +95,36 @@ def test_definition_is_log_softmax_and_its_gradient(options):
     z = x * options.logit_scale
     if options.softcap is not None:
         z = options.softcap * torch.tanh(z / options.softcap)
-    all_logps = (z / options.temperature).log_softmax(-1)
     first = int(options.shift)
+    z = (z / options.temperature)[:, : labels.shape[1] - first]
+    all_logps = z.log_softmax(-1)
     scored = labels[:, first:] != options.ignore_index
     target = labels[:, first:].masked_fill(~scored, 0)
-    picked = all_logps[:, : labels.shape[1] - first].gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    logps = torch.nn.functional.pad(picked.masked_fill(~scored, 0), (first, 0))
-    logps.backward(grad_logps)
 
-    stats = reference.row_stats(logits.detach(), labels, options, extras=True)
+    def of_positions(values):
+        return torch.nn.functional.pad(values.masked_fill(~scored, 0), (first, 0))
+
+    logps = of_positions(all_logps.gather(-1, target.unsqueeze(-1)).squeeze(-1))
+    expected = dict(
+        entropy=of_positions(-(all_logps.exp() * all_logps).sum(-1)),
+        mean_logit=of_positions(z.mean(-1)),
+        is_top1=of_positions((z.argmax(-1) == target).double()),
+        log_sum_sq_probs=of_positions((2 * all_logps).logsumexp(-1)),
+    )
+    slope = torch.randn(labels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    (exact,) = torch.autograd.grad(logps, x, grad_logps, retain_graph=True)
+    (exact_entropy,) = torch.autograd.grad(expected["entropy"], x, slope)
+
+    logits = logits.detach()
+    stats = reference.row_stats(logits, labels, options, outputs=ALL)
     torch.testing.assert_close(stats.logp, logps.detach(), rtol=0, atol=1e-12)
-    grad = reference.row_grad(logits.detach(), labels, stats, grad_logps, options)
-    torch.testing.assert_close(grad, x.grad, rtol=0, atol=1e-13)
-    if not options.shift:
-        entropy = -(all_logps.exp() * all_logps).sum(-1).masked_fill(~scored, 0)
-        torch.testing.assert_close(stats.entropy, entropy.detach(), rtol=0, atol=1e-12)
-        best = (labels == all_logps.argmax(-1)) | ~scored
-        assert (stats.is_argmax == best).all()
+    for name, value in expected.items():
+        torch.testing.assert_close(stats.output(name, 300), value.detach(), rtol=0, atol=1e-12)
+    grad = reference.row_grad(logits, labels, stats, grad_logps, options)
+    torch.testing.assert_close(grad, exact, rtol=0, atol=1e-13)
+    entropy = EntropyGrad(stats.output("entropy", 300), slope)
+    grad = reference.row_grad(logits, labels, stats, grad_logps, options, entropy=entropy)
+    torch.testing.assert_close(grad, exact + exact_entropy, rtol=0, atol=1e-12)
 
 
 # Every backend.
@@ -131,20 +151,77 @@ def test_tiny_vocabularies(rows, backend_device, vocab):
 
 
 @pytest.mark.parametrize("options", [TRANSFORMS["plain"], TRANSFORMS["softcap"]], ids=["plain", "softcap"])
-def test_extras(rows, backend_device, options):
+def test_outputs(rows, backend_device, options):
     logits, labels, _ = make_batch(backend_device, (2, 2, 1003), torch.bfloat16)
     logits[0, 0, 5] = -torch.inf
-    stats = rows.row_stats(logits, labels, options, extras=True)
-    assert_stats_match(stats, logits, labels, options, logp_error=8e-6, extras=True)
-    exact = reference.row_stats(logits.double().cpu(), labels.cpu(), options, extras=True)
-    torch.testing.assert_close(stats.entropy.double().cpu(), exact.entropy, rtol=0, atol=5e-6)
-    assert (stats.is_argmax.cpu() == exact.is_argmax).all()
+    stats = rows.row_stats(logits, labels, options, outputs=ALL)
+    assert_stats_match(stats, logits, labels, options, logp_error=8e-6, outputs=ALL)
+    exact = reference.row_stats(logits.double().cpu(), labels.cpu(), options, outputs=ALL)
+    for name in ALL:
+        value = stats.output(name, 1003)
+        assert value.dtype == torch.float32 and value[-1, -1] == 0
+        torch.testing.assert_close(value.double().cpu(), exact.output(name, 1003), rtol=2e-6, atol=5e-6)
+        alone = rows.row_stats(logits, labels, options, outputs=(name,))
+        assert alone.outputs == (name,) and torch.equal(alone.output(name, 1003), value)
 
 
-@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("vocab", [1, 8, 331])
+def test_top1_gives_ties_to_the_first(rows, backend_device, vocab):
+    """An equal logit before the label and after it, in the same block, another one and another tile; a larger one."""
+    places = sorted({0, 7, 255, 256, 330} & set(range(vocab)))
+    cases = [(label, other, 0.0) for label in places for other in places] + [(places[-1], places[0], 0.5)]
+    logits = torch.full((1, len(cases), vocab), -3.0)
+    labels = torch.tensor([[label for label, _, _ in cases]])
+    for row, (label, other, lead) in zip(logits[0], cases):
+        row[other] = 1.0 + lead
+        row[label] = 1.0
+    expected = (logits.argmax(-1) == labels).float()  # argmax names the first
+    logits, labels = logits.to(backend_device), labels.to(backend_device)
+    stats = rows.row_stats(logits, labels, PLAIN, outputs=("is_top1",))
+    assert torch.equal(stats.output("is_top1", vocab).cpu(), expected)
+    running = None
+    for first, last in itertools.pairwise([0, *(b for b in (1, 256, 257) if b < vocab), vocab]):
+        tile = logits[..., first:last]
+        running = rows.row_stats(tile, labels, PLAIN, first, running, ("is_top1",))
+    assert torch.equal(running.output("is_top1", vocab).cpu(), expected)
+
+
+@pytest.mark.parametrize("options", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("dtype", HALF_ULP, ids=str)
+def test_gradient_with_the_entropy(rows, backend_device, dtype, options):
+    logits, labels, grad_logps = make_batch(backend_device, (2, 3, 331), dtype)
+    logits[0, 1, 7] = -torch.inf
+    labels[0, 1 + options.shift] = 9
+    stats = rows.row_stats(logits, labels, options, outputs=("entropy",))
+    factor = torch.randn(2, 3, generator=torch.Generator().manual_seed(5)).to(backend_device)
+    factor[1, 0] = 0
+    for slope in (factor, factor.T.contiguous().T, factor[:, :1].expand(2, 3)):
+        entropy = EntropyGrad(stats.output("entropy", 331), slope)
+        grad = rows.row_grad(logits, labels, stats, grad_logps, options, entropy=entropy)
+        assert_grad_matches(grad, logits, labels, grad_logps, options, slope)
+
+
+def test_entropy_gradient_of_a_certain_row(rows, backend_device):
+    """Where one column holds nearly all of the probability, and where one holds all."""
+    logits = torch.zeros(1, 3, 300)
+    logits[0, 0, 5] = logits[0, 1, 9] = 15.0
+    logits[0, 2, 5] = 200.0
+    labels = torch.full((1, 3), 5)
+    zeros, ones = torch.zeros(1, 3), torch.ones(1, 3)
+    x = logits.double().requires_grad_()
+    logps = x.log_softmax(-1)
+    (exact,) = torch.autograd.grad(-(logps.exp() * logps).sum(), x)
+    logits, labels, zeros, ones = (t.to(backend_device) for t in (logits, labels, zeros, ones))
+    stats = rows.row_stats(logits, labels, PLAIN, outputs=("entropy",))
+    entropy = EntropyGrad(stats.output("entropy", 300), ones)
+    grad = rows.row_grad(logits, labels, stats, zeros, PLAIN, entropy=entropy)
+    torch.testing.assert_close(grad.double().cpu(), exact, rtol=1e-5, atol=3e-7)
+
+
+@pytest.mark.parametrize("outputs", [(), ALL, ("entropy",)], ids=str)
 @pytest.mark.parametrize("name", ["plain", "temperature", "softcap"])
-def test_tiles_make_whole_rows(rows, backend_device, name, extras):
-    options = TRANSFORMS[name]._replace(shift=extras)
+def test_tiles_make_whole_rows(rows, backend_device, name, outputs):
+    options = TRANSFORMS[name]._replace(shift=bool(outputs))
     logits, labels, grad_logps = make_batch(backend_device, (2, 3, 700), torch.float32)
     bounds = [0, 256, 261, 700]
     stats = None
@@ -152,9 +229,9 @@ def test_tiles_make_whole_rows(rows, backend_device, name, extras):
     for first, last in itertools.pairwise(bounds):
         tile = logits[..., first:last]
         running = stats
-        stats = rows.row_stats(tile, labels, options, first, running, extras)
+        stats = rows.row_stats(tile, labels, options, first, running, outputs)
         assert running is None or stats.logp.data_ptr() == running.logp.data_ptr()
-    assert_stats_match(stats, logits, labels, options, logp_error=1e-5, extras=extras)
+    assert_stats_match(stats, logits, labels, options, logp_error=1e-5, outputs=outputs)
     for first, last in itertools.pairwise(bounds):
         tile, part = logits[..., first:last], grad[..., first:last]
         assert rows.row_grad(tile, labels, stats, grad_logps, options, first, out=part) is part
@@ -166,9 +243,9 @@ def test_tile_of_minus_infinity_keeps_running_statistics(rows, backend_device):
     logits[0, 0, :300] = -torch.inf
     logits[0, 1, 300:] = -torch.inf
     labels[:] = torch.tensor([[400, 10, 10]])
-    stats = rows.row_stats(logits[..., :300], labels, PLAIN, extras=True)
-    stats = rows.row_stats(logits[..., 300:], labels, PLAIN, 300, stats, extras=True)
-    assert_stats_match(stats, logits, labels, extras=True)
+    stats = rows.row_stats(logits[..., :300], labels, PLAIN, outputs=ALL)
+    stats = rows.row_stats(logits[..., 300:], labels, PLAIN, 300, stats, outputs=ALL)
+    assert_stats_match(stats, logits, labels, outputs=ALL)
 
 
 LAYOUTS = {
@@ -216,13 +293,13 @@ def test_ignored_rows_are_not_read(rows, backend_device, shift, ignore_index):
     labels[0, 1] = labels[1, 3] = labels[1, 2] = ignore_index
     target = reference.labels_of_rows(labels, options)
     logits[target == ignore_index] = torch.nan
-    stats = rows.row_stats(logits, labels, options, extras=True)
+    stats = rows.row_stats(logits, labels, options, outputs=ALL)
     unscored = labels == ignore_index
     if shift:
         unscored[:, 0] = True
     assert unscored.any() and not stats.logp.isnan().any()
     for name, value in stats._asdict().items():
-        assert (value[unscored] == (1 if name == "sumexp" else 0)).all(), name
+        assert (value[unscored] == (1 if name in ("sumexp", "squares") else 0)).all(), name
     grad = rows.row_grad(logits, labels, stats, grad_logps, options)
     assert (grad[target == ignore_index] == 0).all() and not grad.isnan().any()
     assert (grad[target != ignore_index] != 0).any(-1).all()
@@ -330,7 +407,7 @@ def test_gradient_of_a_certain_label(rows, backend_device):
 
 def test_same_input_same_bits(rows, backend_device):
     logits, labels, grad_logps = make_batch(backend_device, (2, 3, 1003), torch.bfloat16)
-    runs = [rows.row_stats(logits, labels, PLAIN, extras=True) for _ in range(2)]
+    runs = [rows.row_stats(logits, labels, PLAIN, outputs=ALL) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs))
     grads = [rows.row_grad(logits, labels, runs[0], grad_logps, PLAIN) for _ in range(2)]
     assert torch.equal(*grads)

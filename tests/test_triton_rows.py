@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from test_rows import PLAIN, TRANSFORMS, assert_grad_matches, assert_stats_match, make_batch
+from test_rows import ALL, PLAIN, TRANSFORMS, assert_grad_matches, assert_stats_match, make_batch
 
 triton_rows = pytest.importorskip("rpo_kernels.kernels.triton", exc_type=ImportError)
 from rpo_kernels.kernels.triton import grad as grad_module  # noqa: E402
@@ -28,10 +28,10 @@ def tile(monkeypatch):
     return force
 
 
-def check(logits, labels, grad_logps, options=PLAIN, logp_error=2e-6, extras=False):
+def check(logits, labels, grad_logps, options=PLAIN, logp_error=2e-6, outputs=()):
     """Statistics and gradient against the definition."""
-    stats = triton_rows.row_stats(logits, labels, options, extras=extras)
-    assert_stats_match(stats, logits, labels, options, logp_error, extras=extras)
+    stats = triton_rows.row_stats(logits, labels, options, outputs=outputs)
+    assert_stats_match(stats, logits, labels, options, logp_error, outputs=outputs)
     grad = triton_rows.row_grad(logits, labels, stats, grad_logps, options)
     assert_grad_matches(grad, logits, labels, grad_logps, options)
 
@@ -44,22 +44,22 @@ def test_blocks_and_splits(device, tile, vocab, splits):
     tile(16, 1, splits)
     logits, labels, grad_logps = make_batch(device, (1, 6, vocab))
     labels[0] = torch.tensor([0, 3, vocab // 2, vocab - 5, vocab - 1, -100])
-    check(logits, labels, grad_logps, extras=True)
+    check(logits, labels, grad_logps, outputs=ALL)
 
 
 @pytest.mark.parametrize(("name", "steps"), list(zip(TRANSFORMS, (4, 2, 1, 2))))
 def test_steps_and_transforms_with_splits(device, tile, name, steps):
     tile(16, steps, 2)
     logits, labels, grad_logps = make_batch(device, (2, 2, 601))
-    check(logits, labels, grad_logps, TRANSFORMS[name], logp_error=8e-6, extras=True)
+    check(logits, labels, grad_logps, TRANSFORMS[name], logp_error=8e-6, outputs=ALL)
 
 
 def test_splits_continue_running_statistics(device, tile):
     tile(16, 1, 4)
     logits, labels, _ = make_batch(device, (2, 2, 500))
-    stats = triton_rows.row_stats(logits[..., :250], labels, PLAIN, extras=True)
+    stats = triton_rows.row_stats(logits[..., :250], labels, PLAIN, outputs=ALL)
     triton_rows.row_stats(logits[..., 250:], labels, PLAIN, 250, stats)
-    assert_stats_match(stats, logits, labels, logp_error=4e-6, extras=True)
+    assert_stats_match(stats, logits, labels, logp_error=4e-6, outputs=ALL)
 
 
 def test_a_split_of_minus_infinity(device, tile):
@@ -69,8 +69,8 @@ def test_a_split_of_minus_infinity(device, tile):
     logits[0, 0, 64:128] = -torch.inf
     logits[0, 1, :192] = -torch.inf
     logits[0, 2, :] = -torch.inf
-    stats = triton_rows.row_stats(logits, labels, PLAIN, extras=True)
-    assert_stats_match(stats, logits, labels, extras=True)
+    stats = triton_rows.row_stats(logits, labels, PLAIN, outputs=ALL)
+    assert_stats_match(stats, logits, labels, outputs=ALL)
 
 
 @pytest.mark.parametrize(

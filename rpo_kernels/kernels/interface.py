@@ -2,8 +2,8 @@
 
 A backend is a module with two functions over logits `[B, T, V]` and labels `[B, T]`:
 
-    row_stats(logits, labels, options, first_column=0, running=None, extras=False) -> RowStats
-    row_grad(logits, labels, stats, grad_logps, options, first_column=0, out=None, active=None) -> Tensor
+    row_stats(logits, labels, options, first_column=0, running=None, outputs=()) -> RowStats
+    row_grad(logits, labels, stats, grad_logps, options, first_column=0, out=None, active=None, entropy=None) -> Tensor
 
 `reference` states both in plain torch; `triton` and `native` are tested against it.
 """
@@ -11,6 +11,7 @@ A backend is a module with two functions over logits `[B, T, V]` and labels `[B,
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -44,9 +45,20 @@ class ActiveColumns(NamedTuple):
     threshold: float
 
 
+class EntropyGrad(NamedTuple):
+    """For `row_grad` to add the entropy's gradient, `-p (log p + entropy)`, in the same pass."""
+
+    entropy: Tensor  # [B, T], of the whole rows
+    factor: Tensor  # [B, T]: dL/dentropy, any strides
+
+
+# What a row can tell beside the log-probability, and the field of `RowStats` that it takes.
+OUTPUT_FIELDS = {"entropy": "weighted", "mean_logit": "total", "is_top1": "top_before", "log_sum_sq_probs": "squares"}
+
+
 class RowStats(NamedTuple):
     """Statistics of each label position's row over the columns seen so far, every field `[B, T]`, float32
-    (float64 for float64 logits). A position that is not scored holds 0 everywhere, but `sumexp` 1.
+    (float64 for float64 logits). A position that is not scored holds 0 everywhere, but `sumexp` and `squares` 1.
 
     `max` and `sumexp` are kept apart because their sum, the log-sum-exp, would round away what the gradient needs.
     """
@@ -55,21 +67,34 @@ class RowStats(NamedTuple):
     max: Tensor  # max_v z_v
     sumexp: Tensor  # sum_v exp(z_v - max)
     label_logit: Tensor  # z[label], -inf while that column has not been seen (a label outside [0, V): never)
-    weighted: Tensor | None = None  # sum_v exp(z_v - max) (z_v - max), if extras
-    total: Tensor | None = None  # sum_v z_v, if extras
+    # None, unless an output takes it:
+    weighted: Tensor | None = None  # sum_v exp(z_v - max) (z_v - max)
+    total: Tensor | None = None  # sum_v z_v
+    top_before: Tensor | None = None  # max_{v < label} z_v, -inf if there is none
+    squares: Tensor | None = None  # sum_v exp(z_v - max)^2
+
+    @classmethod
+    def empty(cls, labels: Tensor, outputs: tuple[str, ...]) -> "RowStats":
+        """Memory for float32 statistics of these labels, with what the outputs take."""
+        fields = (*cls._fields[:4], *(OUTPUT_FIELDS[name] for name in outputs))
+        return cls(**{name: torch.empty(labels.shape, dtype=torch.float32, device=labels.device) for name in fields})
 
     @property
-    def lse(self) -> Tensor:
-        """Log-sum-exp of the row."""
-        return self.max + self.sumexp.log()
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs that the fields at hand give."""
+        return tuple(name for name, field in OUTPUT_FIELDS.items() if getattr(self, field) is not None)
 
-    @property
-    def entropy(self) -> Tensor:
-        """Entropy of the row's distribution in nats (needs extras)."""
-        assert self.weighted is not None, "row_stats(extras=True) computes what entropy needs"
-        return self.sumexp.log() - self.weighted / self.sumexp
+    def output(self, name: str, vocab: int) -> Tensor:
+        """The output of a finished row over `vocab` columns; 0 where not scored.
 
-    @property
-    def is_argmax(self) -> Tensor:
-        """Whether the label's logit is the largest of its row, bool."""
-        return self.label_logit >= self.max
+        `entropy` in nats, `mean_logit` of the transformed logits, `is_top1` (1 where the label's logit is the largest,
+        of equal ones the first, else 0), `log_sum_sq_probs` (log of the sum of squared probabilities).
+        """
+        field = getattr(self, OUTPUT_FIELDS[name])
+        if name == "entropy":
+            return (self.sumexp.log() - field / self.sumexp).clamp_(min=0)
+        if name == "mean_logit":
+            return field / vocab
+        if name == "is_top1":
+            return ((self.label_logit >= self.max) & (self.label_logit > field)).to(field.dtype)
+        return (field.log() - 2 * self.sumexp.log()).clamp_(max=0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .interface import ActiveColumns, RowStats, TokenOptions
+from .interface import ActiveColumns, EntropyGrad, RowStats, TokenOptions
 
 LIBRARY = Path(__file__).parent.parent / "_native.so"
 LEVEL_VARIABLE = "RPO_KERNELS_NATIVE_LEVEL"
@@ -75,22 +75,22 @@ def row_stats(
     options: TokenOptions = TokenOptions(),
     first_column: int = 0,
     running: RowStats | None = None,
-    extras: bool = False,
+    outputs: tuple[str, ...] = (),
 ) -> RowStats:
     """As `reference.row_stats`, for float32, bfloat16 and float16 logits on the CPU."""
     described = _describe(logits, labels, options, first_column)
-    fields = [torch.empty(labels.shape) for _ in range(6 if extras else 4)] if running is None else _present(running)
-    dense = [x.contiguous() for x in fields]
-    pointers = _Stats(*(x.data_ptr() for x in dense))
+    stats = RowStats.empty(labels, outputs) if running is None else running
+    dense = [None if x is None else x.contiguous() for x in stats]
+    pointers = _Stats(*(_pointer(x) for x in dense))
     failed = _library().rpo_row_stats(
         _level_pointer(level()), byref(_workers()), byref(described.struct), running is not None, byref(pointers)
     )
     if failed:
         raise MemoryError("row_stats: no memory for partial sums")
-    for field, x in zip(fields, dense):
-        if x is not field:
+    for field, x in zip(stats, dense):
+        if field is not None and x is not None and x is not field:
             field.copy_(x)
-    return RowStats(*fields) if running is None else running
+    return stats
 
 
 def row_grad(
@@ -102,6 +102,7 @@ def row_grad(
     first_column: int = 0,
     out: Tensor | None = None,
     active: ActiveColumns | None = None,
+    entropy: EntropyGrad | None = None,
 ) -> Tensor:
     """As `reference.row_grad`, for float32, bfloat16 and float16 logits on the CPU."""
     described = _describe(logits, labels, options, first_column)
@@ -112,14 +113,19 @@ def row_grad(
     kept = [x.to(torch.float32).contiguous() for x in (stats.logp, stats.max, stats.sumexp)]
     factors = grad_logps.to(torch.float32)
     mask = None if active is None else active.mask.contiguous()
+    value, slope = (None, None) if entropy is None else (x.to(torch.float32) for x in entropy)
+    value = None if value is None else value.contiguous()
     struct = _Grad(
         *(x.data_ptr() for x in (*kept, factors)),
         factors.stride(),
         result.data_ptr(),
         result.stride()[:2],
         DTYPES[result.dtype],
-        None if mask is None else mask.data_ptr(),
+        _pointer(mask),
         0.0 if active is None else active.threshold,
+        _pointer(value),
+        _pointer(slope),
+        (0, 0) if slope is None else slope.stride(),
     )
     _library().rpo_row_grad(_level_pointer(level()), byref(_workers()), byref(described.struct), byref(struct))
     if active is not None and mask is not None and mask is not active.mask:
@@ -162,6 +168,9 @@ class _Grad(Structure):
         ("out_dtype", c_int32),
         ("mask", c_void_p),
         ("threshold", c_float),
+        ("entropy", c_void_p),
+        ("grad_entropy", c_void_p),
+        ("grad_entropy_stride", c_int64 * 2),
     ]
 
 
@@ -203,8 +212,8 @@ def _describe(logits: Tensor, labels: Tensor, options: TokenOptions, first_colum
     return _Described(rows, labels.to("cpu", torch.int64), options, first_column)
 
 
-def _present(stats: RowStats) -> list[Tensor]:
-    return [x for x in stats if x is not None]
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def _new_gradient(logits: Tensor) -> Tensor:

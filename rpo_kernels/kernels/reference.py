@@ -6,7 +6,7 @@ Runs on any device and in any floating dtype, float64 included, and serves where
 import torch
 from torch import Tensor
 
-from .interface import ActiveColumns, RowStats, TokenOptions
+from .interface import ActiveColumns, EntropyGrad, RowStats, TokenOptions
 
 
 def transform(logits: Tensor, options: TokenOptions) -> Tensor:
@@ -23,7 +23,7 @@ def row_stats(
     options: TokenOptions = TokenOptions(),
     first_column: int = 0,
     running: RowStats | None = None,
-    extras: bool = False,
+    outputs: tuple[str, ...] = (),
 ) -> RowStats:
     """Statistics of the rows of one tile of logits.
 
@@ -31,7 +31,7 @@ def row_stats(
         logits: `[B, T, v]`, columns `first_column ... first_column + v` of the vocabulary.
         labels: `[B, T]` integers, in the whole vocabulary's numbering.
         running: statistics of the columns before this tile, to be continued and overwritten in place.
-        extras: also accumulate what entropy and mean logit need.
+        outputs: names in `OUTPUT_FIELDS` whose fields are wanted too; those of `running` where that is given.
 
     Returns:
         `RowStats` aligned with the labels.
@@ -39,19 +39,24 @@ def row_stats(
     z = transform(logits, options)
     target = labels_of_rows(labels, options)
     scored = target != options.ignore_index
+    if running is not None:
+        outputs = running.outputs
 
     top = z.amax(-1)
     column, inside = _label_column(z, target, first_column)
     label_logit = torch.where(inside, z.gather(-1, column), -torch.inf).squeeze(-1)
-    total = z.sum(-1) if extras else None
+    total = z.sum(-1) if "mean_logit" in outputs else None
+    top_before = _top_before(z, target, first_column) if "is_top1" in outputs else None
     weights = z.sub_(_finite(top).unsqueeze(-1)).exp_()
     tile = RowStats(
         logp=torch.empty_like(top),
         max=top,
         sumexp=weights.sum(-1),
         label_logit=label_logit,
-        weighted=torch.xlogy(weights, weights).sum(-1) if extras else None,
+        weighted=torch.xlogy(weights, weights).sum(-1) if "entropy" in outputs else None,
         total=total,
+        top_before=top_before,
+        squares=weights.square().sum(-1) if "log_sum_sq_probs" in outputs else None,
     )
     if running is not None:
         tile = _merge(RowStats(*(None if x is None else _to_rows(x, options) for x in running)), tile)  # type: ignore
@@ -74,6 +79,7 @@ def row_grad(
     first_column: int = 0,
     out: Tensor | None = None,
     active: ActiveColumns | None = None,
+    entropy: EntropyGrad | None = None,
 ) -> Tensor:
     """Gradient of the log-probabilities: `U = (onehot(label) - softmax(z)) * dz/dx * grad_logps`.
 
@@ -84,18 +90,23 @@ def row_grad(
         out: where to write, in any floating dtype, `logits` itself included; None for a new one of the logits' dtype.
         active: filled with the columns whose gradient, before it is rounded to `out`, exceeds a threshold anywhere or
             is NaN.
+        entropy: the entropy's gradient, to be added.
 
     Returns:
         `out`; rows that no scored label reads are 0.
     """
     target = labels_of_rows(labels, options)
     logp, top, sumexp, factor = (_to_rows(x, options) for x in (stats.logp, stats.max, stats.sumexp, grad_logps))
-    z = transform(logits, options)
-    unit = z.sub_(_finite(top).unsqueeze(-1)).exp_().div_(-sumexp.unsqueeze(-1))
+    away = transform(logits, options).sub_(_finite(top).unsqueeze(-1))
+    extra = None if entropy is None else _entropy_grad(away, sumexp, *(_to_rows(x, options) for x in entropy))
+    unit = away.exp_().div_(-sumexp.unsqueeze(-1))
     # 1 - p of the label from its log-probability: exact also where p rounds to 1.
     column, inside = _label_column(unit, target, first_column)
     unit.scatter_(-1, column, torch.where(inside, -torch.expm1(logp).unsqueeze(-1), unit.gather(-1, column)))
-    grad = unit.mul_(factor.to(z.dtype).unsqueeze(-1) * (options.logit_scale / options.temperature))
+    scale = options.logit_scale / options.temperature
+    grad = unit.mul_(factor.to(unit.dtype).unsqueeze(-1) * scale)
+    if extra is not None:
+        grad.add_(extra, alpha=scale)
     if options.softcap is not None:
         grad.mul_(softcap_slope(logits, options.logit_scale / options.softcap))
     grad.masked_fill_((target == options.ignore_index).unsqueeze(-1), 0)
@@ -107,6 +118,15 @@ def row_grad(
 def labels_of_rows(labels: Tensor, options: TokenOptions) -> Tensor:
     """The label that each row of logits predicts: labels moved one to the left if `options.shift`."""
     return _to_rows(labels, options, options.ignore_index)
+
+
+def _entropy_grad(away: Tensor, sumexp: Tensor, entropy: Tensor, factor: Tensor) -> Tensor:
+    """`-p (log p + entropy) * factor` from `away = z - max`."""
+    log_p = away - sumexp.log().unsqueeze(-1)
+    # Where p is 0 in every dtype, any finite number stands for its logarithm.
+    return (
+        log_p.clamp(min=-1e4).add_(entropy.unsqueeze(-1)).mul_(log_p.exp_()).mul_(-factor.to(away.dtype).unsqueeze(-1))
+    )
 
 
 def softcap_slope(logits: Tensor, scale: float) -> Tensor:
@@ -126,38 +146,43 @@ def _label_column(z: Tensor, target: Tensor, first_column: int) -> tuple[Tensor,
     return column.clamp(0, z.shape[-1] - 1), (column >= 0) & (column < z.shape[-1])
 
 
+def _top_before(z: Tensor, target: Tensor, first_column: int) -> Tensor:
+    """Each row's largest z in columns before the label's."""
+    columns = torch.arange(first_column, first_column + z.shape[-1], device=z.device)
+    return z.masked_fill(columns >= target.unsqueeze(-1), -torch.inf).amax(-1)
+
+
 def _merge(a: RowStats, b: RowStats) -> RowStats:
     top = torch.maximum(a.max, b.max)
     # How far each part's maximum lies below the new one; a part that saw nothing but -inf has no weight anyway.
     drops = [torch.where(part.sumexp > 0, part.max - _finite(top), 0) for part in (a, b)]
-    merged = a._replace(
+    merged = RowStats(
+        logp=a.logp,
         max=top,
         sumexp=a.sumexp * drops[0].exp() + b.sumexp * drops[1].exp(),
         label_logit=torch.maximum(a.label_logit, b.label_logit),
     )
-    if a.weighted is None or b.weighted is None or a.total is None or b.total is None:
-        return merged
-    moved = [x + part.sumexp * drop for x, part, drop in zip((a.weighted, b.weighted), (a, b), drops)]
-    return merged._replace(
-        weighted=moved[0] * drops[0].exp() + moved[1] * drops[1].exp(),
-        total=a.total + b.total,
-    )
+    if a.weighted is not None and b.weighted is not None:
+        moved = [x + part.sumexp * drop for x, part, drop in zip((a.weighted, b.weighted), (a, b), drops)]
+        merged = merged._replace(weighted=moved[0] * drops[0].exp() + moved[1] * drops[1].exp())
+    if a.total is not None and b.total is not None:
+        merged = merged._replace(total=a.total + b.total)
+    if a.top_before is not None and b.top_before is not None:
+        merged = merged._replace(top_before=torch.maximum(a.top_before, b.top_before))
+    if a.squares is not None and b.squares is not None:
+        squares = a.squares * (2 * drops[0]).exp() + b.squares * (2 * drops[1]).exp()
+        merged = merged._replace(squares=squares)
+    return merged
 
 
 def _unscored_blank(stats: RowStats, scored: Tensor, options: TokenOptions) -> RowStats:
     """Statistics of rows as statistics of label positions; what is not scored holds 0, and 1 in `sumexp`."""
 
-    def blank(x: Tensor, fill: float = 0.0) -> Tensor:
-        return _to_labels(torch.where(scored, x, fill), fill, options)
+    def blank(name: str, x: Tensor | None) -> Tensor | None:
+        fill = 1.0 if name in ("sumexp", "squares") else 0.0
+        return None if x is None else _to_labels(torch.where(scored, x, fill), fill, options)
 
-    return RowStats(
-        logp=blank(stats.logp),
-        max=blank(stats.max),
-        sumexp=blank(stats.sumexp, 1.0),
-        label_logit=blank(stats.label_logit),
-        weighted=None if stats.weighted is None else blank(stats.weighted),
-        total=None if stats.total is None else blank(stats.total),
-    )
+    return RowStats(*(blank(name, x) for name, x in zip(RowStats._fields, stats)))  # type: ignore[arg-type]
 
 
 def _to_rows(x: Tensor, options: TokenOptions, fill: float = 0.0) -> Tensor:

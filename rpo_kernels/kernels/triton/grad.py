@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import ActiveColumns, RowStats, TokenOptions
-from .arithmetic import LOG2E, expm1, squash
+from ..interface import ActiveColumns, EntropyGrad, RowStats, TokenOptions
+from .arithmetic import LN2, LOG2E, expm1, squash
 from .tiling import (
     DTYPES,
     INTEGERS,
@@ -31,10 +31,12 @@ def row_grad(
     first_column: int = 0,
     out: Tensor | None = None,
     active: ActiveColumns | None = None,
+    entropy: EntropyGrad | None = None,
 ) -> Tensor:
     """`reference.row_grad` for float32, bfloat16 and float16 logits and `out`; one launch.
 
-    Rows of `logits` and `out` may be strided, `grad_logps` may have any strides. Loads and stores are 16 bytes wide
+    Rows of `logits` and `out` may be strided, `grad_logps` and the
+    entropy's factor may have any strides. Loads and stores are 16 bytes wide
     where rows of the two tensors are equally far from a boundary, narrower where not. An `out` whose last stride is not
     1 is written by way of a copy.
 
@@ -51,16 +53,18 @@ def row_grad(
         )
     if out.shape[-1] > 1 and out.stride(-1) != 1:
         dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        return out.copy_(row_grad(source, labels, stats, grad_logps, options, first_column, dense, active))
+        return out.copy_(row_grad(source, labels, stats, grad_logps, options, first_column, dense, active, entropy))
     if out.numel() == 0:
         return out
     columns = source.shape[-1]
     tiling = choose_tiling(labels.numel(), columns, common_vector(source, out), processors(source))
     logps, tops, sumexps = (x.contiguous() for x in stats[:3])
+    entropies, slopes = (None, None) if entropy is None else (entropy.entropy.contiguous(), entropy.factor)
     with torch.cuda.device_of(source):
         row_grad_kernel[(labels.numel(), tiling.splits)](
-            *(source, out, None if active is None else active.mask, labels, logps, tops, sumexps, grad_logps),
-            *(source.stride()[:2], out.stride()[:2], labels.stride(), grad_logps.stride()),
+            *(source, out, None if active is None else active.mask, labels, logps, tops, sumexps, entropies),
+            *(grad_logps, slopes, source.stride()[:2], out.stride()[:2], labels.stride(), grad_logps.stride()),
+            (0, 0) if slopes is None else slopes.stride(),
             *(*labels.shape[1:], columns, first_column, options.ignore_index, *scales(options)),
             count_blocks(columns, tiling),
             0.0 if active is None else active.threshold,
@@ -76,15 +80,18 @@ def row_grad_kernel(
     logits,  # [B, length, columns]
     out,  # [B, length, columns], may be logits
     active,  # [columns] uint8, or None
-    labels,  # [B, length], as the four below; the next three contiguous
+    labels,  # [B, length], as the six below; the next four contiguous
     logps,
     tops,
     sumexps,
+    entropies,  # or None
     grad_logps,
+    grad_entropies,  # or None
     logits_strides,
     out_strides,
     labels_strides,
     grad_strides,
+    entropy_strides,
     length,
     columns,
     first_column,
@@ -115,6 +122,7 @@ def row_grad_kernel(
     out_body = tl.multiple_of(out_row + head, VECTOR * out.dtype.element_ty.primitive_bitwidth // 8)
     column, inside = edge_columns(head, end, columns, split, VECTOR, LANES)
     BLOCK: tl.constexpr = VECTOR * LANES * STEPS
+    TILTED: tl.constexpr = entropies is not None
     offsets = tl.arange(0, BLOCK)
     start = split * blocks * BLOCK
     stop = tl.minimum(start + blocks * BLOCK, end - head)
@@ -128,16 +136,30 @@ def row_grad_kernel(
 
     at = batch * length + position
     top = tl.load(tops + at)
+    sumexp = tl.load(sumexps + at)
+    logp = tl.load(logps + at)
     factor = tl.load(grad_logps + batch * grad_strides[0] + position * grad_strides[1]).to(tl.float32) * outer
     if SOFTCAP:
         factor *= inner
     # What a column's exponential, and the label's column, are multiplied by before the softcap's derivative.
-    others = -factor / tl.load(sumexps + at)
-    own = -expm1(tl.load(logps + at)) * factor
+    others = -factor / sumexp
+    own = -expm1(logp) * factor
+    tilt = 0.0
+    if entropies is not None:
+        # -p (log p + entropy): a column's factor gets a term of its distance from the maximum, in bits.
+        entropy = tl.load(entropies + at)
+        slope = tl.load(grad_entropies + batch * entropy_strides[0] + position * entropy_strides[1])
+        slope = slope.to(tl.float32) * outer
+        if SOFTCAP:
+            slope *= inner
+        others -= slope / sumexp * (entropy - tl.log(sumexp))
+        tilt = -slope / sumexp * LN2
+        log_p = tl.maximum(logp, -1e4)
+        own -= slope * tl.exp2(log_p * LOG2E) * (log_p + entropy)
     label_column = label.to(tl.int64) - first_column
 
     edges = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
-    edges = _grad(edges, column, label_column, top, others, own, inner, outer, SOFTCAP)
+    edges = _grad(edges, column, label_column, top, others, tilt, own, inner, outer, TILTED, SOFTCAP)
     tl.store(out_row + column, edges.to(out.dtype.element_ty), mask=inside)
     if active is not None:
         tl.store(active + column, 1, mask=inside & _exceeds(edges, threshold))
@@ -149,24 +171,30 @@ def row_grad_kernel(
     for i in range(start, tl.where(holds_label, whole - BLOCK, whole), BLOCK):
         first = i + tl.where(i >= special, BLOCK, 0)
         x = tl.load(body + first + offsets, eviction_policy="evict_first").to(tl.float32)
-        grad = _grad(x, None, None, top, others, own, inner, outer, SOFTCAP)
+        grad = _grad(x, None, None, top, others, tilt, own, inner, outer, TILTED, SOFTCAP)
         tl.store(out_body + first + offsets, grad.to(out.dtype.element_ty))
         if active is not None:
             tl.store(active + head + first + offsets, 1, mask=_exceeds(grad, threshold))
     for first in range(special, stop, tl.where(special < whole, whole - special, BLOCK)):
         here = offsets < stop - first
         x = tl.load(body + first + offsets, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        grad = _grad(x, offsets, label_offset - first, top, others, own, inner, outer, SOFTCAP)
+        grad = _grad(x, offsets, label_offset - first, top, others, tilt, own, inner, outer, TILTED, SOFTCAP)
         tl.store(out_body + first + offsets, grad.to(out.dtype.element_ty), mask=here)
         if active is not None:
             tl.store(active + head + first + offsets, 1, mask=here & _exceeds(grad, threshold))
 
 
 @triton.jit
-def _grad(x, column, label_column, top, others, own, inner, outer, SOFTCAP: tl.constexpr):
+def _grad(
+    x, column, label_column, top, others, tilt, own, inner, outer, TILTED: tl.constexpr, SOFTCAP: tl.constexpr
+):  # fmt: skip
     """Gradient of some columns, none of them the label's if `column` is None."""
     u = squash(x, inner, SOFTCAP)
-    grad = tl.exp2(tl.fma(u, outer, -top) * LOG2E) * others
+    bits = tl.fma(u, outer, -top) * LOG2E
+    factor = others
+    if TILTED:
+        factor += tl.maximum(bits, -1e4) * tilt  # finite, so that 0 times it is 0
+    grad = tl.exp2(bits) * factor
     if column is not None:
         grad = tl.where(column == label_column, own, grad)
     if SOFTCAP:

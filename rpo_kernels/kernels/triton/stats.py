@@ -37,7 +37,7 @@ def row_stats(
     options: TokenOptions = TokenOptions(),
     first_column: int = 0,
     running: RowStats | None = None,
-    extras: bool = False,
+    outputs: tuple[str, ...] = (),
 ) -> RowStats:
     """`reference.row_stats` for float32, bfloat16 and float16 logits; one launch, two where rows are few.
 
@@ -47,18 +47,17 @@ def row_stats(
         ValueError: for another dtype, or running statistics that are not contiguous.
     """
     logits = checked(logits)
-    extras = running.total is not None if running is not None else extras
-    stats = _empty_stats(labels, extras) if running is None else _contiguous(running)
+    stats = RowStats.empty(labels, outputs) if running is None else _contiguous(running)
     if labels.numel() == 0:
         return stats
     columns = logits.shape[-1]
     tiling = choose_tiling(labels.numel(), columns, 16 // logits.itemsize, processors(logits))
     partial = None
     if tiling.splits > 1:
-        fields = 4 if extras else 2
+        fields = 6 if stats.outputs else 2
         partial = logits.new_empty((fields, tiling.splits, labels.numel()), dtype=torch.float32)
     scalars = (*labels.shape[1:], columns, first_column, options.ignore_index, *scales(options))
-    flags = dict(SOFTCAP=options.softcap is not None, SHIFT=options.shift, EXTRAS=extras, RUNNING=running is not None)
+    flags = dict(SOFTCAP=options.softcap is not None, SHIFT=options.shift, RUNNING=running is not None)
     grid = (labels.numel(), tiling.splits)
     with torch.cuda.device_of(logits):
         row_stats_kernel[grid](
@@ -82,8 +81,8 @@ def row_stats(
 def row_stats_kernel(
     logits,  # [B, length, columns]
     labels,  # [B, length]
-    stats,  # RowStats of contiguous [B, length]
-    partial,  # [2 or 4, splits, B * length], or None without splits
+    stats,  # RowStats of contiguous [B, length]; what is None is not computed
+    partial,  # [2 or 6, splits, B * length], or None without splits
     logits_strides,
     labels_strides,
     length,
@@ -95,7 +94,6 @@ def row_stats_kernel(
     blocks,  # a program reads this many blocks
     SOFTCAP: tl.constexpr,
     SHIFT: tl.constexpr,
-    EXTRAS: tl.constexpr,
     RUNNING: tl.constexpr,
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
@@ -107,7 +105,7 @@ def row_stats_kernel(
     label, row = _label_and_row(logits, labels, logits_strides, labels_strides, at, length, ignore_index, SHIFT)
     if label == ignore_index:
         if split == 0:
-            _store_unscored(stats, at, EXTRAS)
+            _store_unscored(stats, at)
         return
 
     head, end = vector_range(row, columns, VECTOR)
@@ -120,6 +118,11 @@ def row_stats_kernel(
     top = tl.maximum(edges, LOWEST)
     sumexp = tl.exp2((edges - top) * scale)
     weighted = tl.zeros_like(sumexp)
+    squares = sumexp
+    # In the label's block the loop below leaves the columns before the label to what follows it.
+    label_column = label.to(tl.int64) - first_column
+    label_offset = (label_column - head).to(tl.int32)
+    before = tl.where(column < label_column, edges, float("-inf"))
 
     BLOCK: tl.constexpr = VECTOR * LANES * STEPS
     offsets = tl.arange(0, BLOCK)
@@ -129,30 +132,47 @@ def row_stats_kernel(
     for first in range(start, whole, BLOCK):
         x = tl.load(body + first + offsets, eviction_policy="evict_first").to(tl.float32)
         u = squash(x, inner, SOFTCAP)
-        if EXTRAS:
+        if stats.total is not None:
             total += _lane_sum(u, VECTOR, LANES, STEPS)
-        top, sumexp, weighted = _fold(u, top, sumexp, weighted, scale, EXTRAS, VECTOR, LANES, STEPS)
+        if stats.top_before is not None:
+            block_top = _lane_max(u, VECTOR, LANES, STEPS)
+            before = tl.where(first + BLOCK <= label_offset, tl.maximum(before, block_top), before)
+        top, sumexp, weighted, squares = _fold(stats, u, top, sumexp, weighted, squares, scale, VECTOR, LANES, STEPS)
     if whole < stop:
         here = offsets < stop - whole
         tail = tl.load(body + whole + offsets, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
         tail = squash(tail, inner, SOFTCAP)
-        if EXTRAS:
+        if stats.total is not None:
             total += _lane_sum(tl.where(here, tail, 0.0), VECTOR, LANES, STEPS)
         tail = tl.where(here, tail, float("-inf"))
-        top, sumexp, weighted = _fold(tail, top, sumexp, weighted, scale, EXTRAS, VECTOR, LANES, STEPS)
+        top, sumexp, weighted, squares = _fold(stats, tail, top, sumexp, weighted, squares, scale, VECTOR, LANES, STEPS)
+    if stats.top_before is not None:
+        last = tl.minimum(tl.maximum(label_offset, start), stop)
+        first = start + tl.maximum(last - start, 0) // BLOCK * BLOCK
+        here = offsets < last - first
+        rest = squash(tl.load(body + first + offsets, mask=here, other=0.0).to(tl.float32), inner, SOFTCAP)
+        rest = _lane_max(tl.where(here, rest, float("-inf")), VECTOR, LANES, STEPS)
+        before = tl.maximum(before, rest)
 
-    top, sumexp, weighted, total = _reduce_lanes(top, sumexp, weighted, total, scale, EXTRAS)
+    top, sumexp, weighted, squares = _reduce_lanes(stats, top, sumexp, weighted, squares, scale)
+    total = tl.sum(total, axis=0)
+    before = tl.max(before, axis=0)
     if partial is None:
         u_label = _label_u(row, label, first_column, columns, inner, SOFTCAP)
-        _finish(stats, at, u_label, top, sumexp, weighted, total, outer, RUNNING, EXTRAS)
+        _finish(stats, at, u_label, top, sumexp, weighted, squares, total, before, outer, RUNNING)
     else:
         slot = partial + split.to(tl.int64) * tl.num_programs(0) + at
         field = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
         tl.store(slot, top)
         tl.store(slot + field, sumexp)
-        if EXTRAS:
+        if stats.weighted is not None:
             tl.store(slot + 2 * field, weighted)
-            tl.store(slot + 3 * field, total)
+        if stats.squares is not None:
+            tl.store(slot + 3 * field, squares)
+        if stats.total is not None:
+            tl.store(slot + 4 * field, total)
+        if stats.top_before is not None:
+            tl.store(slot + 5 * field, before)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -171,7 +191,6 @@ def combine_kernel(
     outer,
     SOFTCAP: tl.constexpr,
     SHIFT: tl.constexpr,
-    EXTRAS: tl.constexpr,
     RUNNING: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -184,14 +203,15 @@ def combine_kernel(
     field = tl.num_programs(0).to(tl.int64) * SPLITS
     top = tl.load(slots)
     sumexp = tl.load(slots + field)
-    weighted = tl.zeros_like(sumexp)
-    total = tl.zeros_like(sumexp)
-    if EXTRAS:
-        weighted = tl.load(slots + 2 * field)
-        total = tl.load(slots + 3 * field)
-    top, sumexp, weighted, total = _reduce_lanes(top, sumexp, weighted, total, outer * LOG2E, EXTRAS)
+    weighted = tl.load(slots + 2 * field) if stats.weighted is not None else sumexp
+    squares = tl.load(slots + 3 * field) if stats.squares is not None else sumexp
+    total = tl.load(slots + 4 * field) if stats.total is not None else sumexp
+    before = tl.load(slots + 5 * field) if stats.top_before is not None else sumexp
+    top, sumexp, weighted, squares = _reduce_lanes(stats, top, sumexp, weighted, squares, outer * LOG2E)
     u_label = _label_u(row, label, first_column, columns, inner, SOFTCAP)
-    _finish(stats, at, u_label, top, sumexp, weighted, total, outer, RUNNING, EXTRAS)
+    total = tl.sum(total, axis=0)
+    before = tl.max(before, axis=0)
+    _finish(stats, at, u_label, top, sumexp, weighted, squares, total, before, outer, RUNNING)
 
 
 @triton.jit
@@ -206,19 +226,22 @@ def _label_and_row(logits, labels, logits_strides, labels_strides, at, length, i
 
 @triton.jit
 def _fold(
-    u, top, sumexp, weighted, scale,
-    EXTRAS: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    stats, u, top, sumexp, weighted, squares, scale,
+    VECTOR: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Fold a block [STEPS * LANES * VECTOR] into each lane's statistics; `scale` takes differences of u to bits."""
     u = tl.reshape(u, [STEPS, LANES, VECTOR])
     new_top = tl.maximum(top, tl.max(tl.max(u, axis=2), axis=0))
     away = (u - new_top[None, :, None]) * scale
     weights = tl.exp2(away)
-    sumexp, weighted = _lower(sumexp, weighted, (top - new_top) * scale, EXTRAS)
+    sumexp, weighted, squares = _lower(stats, sumexp, weighted, squares, (top - new_top) * scale)
     sumexp += tl.sum(tl.sum(weights, axis=2), axis=0)
-    if EXTRAS:
-        weighted += tl.sum(tl.sum(tl.where(weights > 0, weights * away, 0.0), axis=2), axis=0)
-    return new_top, sumexp, weighted
+    if stats.weighted is not None:
+        terms = weights * tl.maximum(away, -1e4)  # finite, so that 0 times it is 0
+        weighted += tl.sum(tl.sum(terms, axis=2), axis=0)
+    if stats.squares is not None:
+        squares += tl.sum(tl.sum(weights * weights, axis=2), axis=0)
+    return new_top, sumexp, weighted, squares
 
 
 @triton.jit
@@ -227,20 +250,27 @@ def _lane_sum(u, VECTOR: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr)
 
 
 @triton.jit
-def _lower(sumexp, weighted, bits, EXTRAS: tl.constexpr):
-    """Sums of 2^a and of 2^a * a once `bits` (<= 0, or a rounding error) is added to every a."""
-    factor = tl.exp2(bits)
-    if EXTRAS:
-        weighted = tl.where(factor > 0, (weighted + sumexp * bits) * factor, 0.0)
-    return sumexp * factor, weighted
+def _lane_max(u, VECTOR: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr):
+    return tl.max(tl.max(tl.reshape(u, [STEPS, LANES, VECTOR]), axis=2), axis=0)
 
 
 @triton.jit
-def _reduce_lanes(top, sumexp, weighted, total, scale, EXTRAS: tl.constexpr):
+def _lower(stats, sumexp, weighted, squares, bits):
+    """Sums of 2^a, 2^a * a and 4^a once `bits` (<= 0, or a rounding error) is added to every a."""
+    factor = tl.exp2(bits)
+    if stats.weighted is not None:
+        weighted = tl.where(factor > 0, (weighted + sumexp * bits) * factor, 0.0)
+    if stats.squares is not None:
+        squares = squares * factor * factor
+    return sumexp * factor, weighted, squares
+
+
+@triton.jit
+def _reduce_lanes(stats, top, sumexp, weighted, squares, scale):
     """One row's statistics from its lanes'."""
     row_top = tl.max(top, axis=0)
-    sumexp, weighted = _lower(sumexp, weighted, (top - row_top) * scale, EXTRAS)
-    return row_top, tl.sum(sumexp, axis=0), tl.sum(weighted, axis=0), tl.sum(total, axis=0)
+    sumexp, weighted, squares = _lower(stats, sumexp, weighted, squares, (top - row_top) * scale)
+    return row_top, tl.sum(sumexp, axis=0), tl.sum(weighted, axis=0), tl.sum(squares, axis=0)
 
 
 @triton.jit
@@ -252,28 +282,29 @@ def _label_u(row, label, first_column, columns, inner, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _finish(stats, at, u_label, top, sumexp, weighted, total, outer, RUNNING: tl.constexpr, EXTRAS: tl.constexpr):
+def _finish(stats, at, u_label, top, sumexp, weighted, squares, total, before, outer, RUNNING: tl.constexpr):
     """Turn a row's statistics in u and bits into RowStats, merge them with the running ones, and store."""
     label_logit = u_label * outer
     logp = (u_label - top) * outer - tl.log(sumexp)
     z_top = top * outer
     # sumexp belongs to the exact maximum; refer it to the rounded one that is stored.
     rounding = tl.where(sumexp > 0, tl.fma(top, outer, -z_top), 0.0)
-    sumexp, weighted = _lower(sumexp, weighted, rounding * LOG2E, EXTRAS)
+    sumexp, weighted, squares = _lower(stats, sumexp, weighted, squares, rounding * LOG2E)
     z_top = tl.where(sumexp == 0, float("-inf"), z_top)
     if RUNNING:
         old_top = tl.load(stats.max + at)
         new_top = tl.maximum(old_top, z_top)
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
         old_sumexp = tl.load(stats.sumexp + at)
-        old_weighted = tl.zeros_like(sumexp)
-        if EXTRAS:
-            old_weighted = tl.load(stats.weighted + at) * LOG2E
-            total += tl.load(stats.total + at) / outer
-        old_sumexp, old_weighted = _lower(old_sumexp, old_weighted, (old_top - finite) * LOG2E, EXTRAS)
-        sumexp, weighted = _lower(sumexp, weighted, (z_top - finite) * LOG2E, EXTRAS)
+        old_weighted = tl.load(stats.weighted + at) * LOG2E if stats.weighted is not None else weighted
+        old_squares = tl.load(stats.squares + at) if stats.squares is not None else squares
+        old_sumexp, old_weighted, old_squares = _lower(
+            stats, old_sumexp, old_weighted, old_squares, (old_top - finite) * LOG2E
+        )
+        sumexp, weighted, squares = _lower(stats, sumexp, weighted, squares, (z_top - finite) * LOG2E)
         sumexp += old_sumexp
         weighted += old_weighted
+        squares += old_squares
         z_top = new_top
         label_logit = tl.maximum(label_logit, tl.load(stats.label_logit + at))
         logp = (label_logit - z_top) - tl.log(sumexp)
@@ -283,24 +314,32 @@ def _finish(stats, at, u_label, top, sumexp, weighted, total, outer, RUNNING: tl
     tl.store(stats.max + at, z_top)
     tl.store(stats.sumexp + at, sumexp)
     tl.store(stats.label_logit + at, label_logit)
-    if EXTRAS:
+    if stats.weighted is not None:
         tl.store(stats.weighted + at, weighted * LN2)
-        tl.store(stats.total + at, total * outer)
+    if stats.squares is not None:
+        tl.store(stats.squares + at, squares)
+    if stats.total is not None:
+        total *= outer
+        tl.store(stats.total + at, total + tl.load(stats.total + at) if RUNNING else total)
+    if stats.top_before is not None:
+        before *= outer
+        tl.store(stats.top_before + at, tl.maximum(before, tl.load(stats.top_before + at)) if RUNNING else before)
 
 
 @triton.jit
-def _store_unscored(stats, at, EXTRAS: tl.constexpr):
+def _store_unscored(stats, at):
     tl.store(stats.logp + at, 0.0)
     tl.store(stats.max + at, 0.0)
     tl.store(stats.sumexp + at, 1.0)
     tl.store(stats.label_logit + at, 0.0)
-    if EXTRAS:
+    if stats.weighted is not None:
         tl.store(stats.weighted + at, 0.0)
+    if stats.squares is not None:
+        tl.store(stats.squares + at, 1.0)
+    if stats.total is not None:
         tl.store(stats.total + at, 0.0)
-
-
-def _empty_stats(labels: Tensor, extras: bool) -> RowStats:
-    return RowStats(*(labels.new_empty(labels.shape, dtype=torch.float32) for _ in range(6 if extras else 4)))
+    if stats.top_before is not None:
+        tl.store(stats.top_before + at, 0.0)
 
 
 def _contiguous(running: RowStats) -> RowStats:
