@@ -2,21 +2,44 @@
 
 Gradients are operators too. What torch.compile keeps on disk then holds calls and none of this package's formulas, so
 that a graph compiled before an upgrade does not mix the old backward with the new forward.
+
+The dispatcher costs an operator written in Python more than a small batch's kernels do. In eager mode, where it would
+only call the implementation, an `Operator` calls it directly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # `TokenOptions` as operator arguments.
 TOKEN_OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_index, bool shift"
 
 _library = torch.library.Library("rpo_kernels", "FRAGMENT")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _differentiable_once(ctx: Any, *_: Any) -> None:
     raise RuntimeError("rpo_kernels operators are differentiable once; their gradient has no gradient of its own")
+
+
+class Operator:
+    """`torch.ops.rpo_kernels.<name>`, called with its tensors in order and everything else by keyword."""
+
+    def __init__(self, name: str, implementation: Callable, function: type[torch.autograd.Function] | None):
+        self.overload = getattr(torch.ops.rpo_kernels, name).default
+        self.implementation = implementation
+        self.function = function
+
+    def __call__(self, *tensors: Tensor | Sequence[Tensor] | None, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_eager(tensors):
+            return self.overload(*tensors, **options)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
+            return self.implementation(*tensors, **options)
+        if self.function is None:
+            return self.overload(*tensors, **options)
+        return self.function.apply(options, *tensors)  # type: ignore[no-untyped-call]
 
 
 def register(
@@ -24,13 +47,78 @@ def register(
     implementation: Callable,
     fake: Callable,
     *,
-    backward: Callable | None = _differentiable_once,
+    backward: Callable = _differentiable_once,
     setup_context: Callable | None = None,
-) -> None:
-    """Define `torch.ops.rpo_kernels.<name>` for every device. `backward=None` is for operators that mutate."""
+) -> Operator:
+    """Define an operator for every device.
+
+    Args:
+        schema: name, tensors, then everything else after `*`, and results.
+        backward: from the context and the results' gradients to a tuple of the tensors' gradients.
+        setup_context: called with the context, the tensors, the other arguments as a dictionary, and the results.
+    """
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rpo_kernels::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"rpo_kernels::{name}", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"rpo_kernels::{name}", backward, setup_context=setup_context, lib=_library)
+    function = None if setup_context is None else _function(name, implementation, setup_context, backward)
+    return Operator(name, implementation, function)
+
+
+def register_overwriting(schema: str, implementation: Callable) -> Callable:
+    """Define an operator that overwrites its first argument and returns nothing.
+
+    Each call raises the version of what it overwrites, when it is traced too, so that autograd raises for whoever
+    saved it before.
+    """
+    name, _, rest = schema.partition("(")
+    overwritten = rest.split(",")[0].split()[-1]
+    return torch.library.custom_op(
+        f"rpo_kernels::{name}", implementation, mutates_args=(overwritten,), schema="(" + rest
+    )
+
+
+def saves_without_hooks() -> bool:
+    """Whether autograd keeps what is saved now as it is, and checks its version before it hands it out.
+
+    Under hooks for saved tensors (activation checkpointing, `save_on_cpu`) it may hand the same memory to several
+    operators and checks nothing.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+def _function(
+    name: str, implementation: Callable, setup_context: Callable, backward: Callable
+) -> type[torch.autograd.Function]:
+    """What `torch.library.register_autograd` makes of the same two functions, without the dispatcher in between."""
+
+    def forward(ctx: Any, options: dict[str, Any], *tensors: Any) -> Any:
+        output = implementation(*tensors, **options)
+        setup_context(ctx, tensors, options, output)
+        return output
+
+    def with_options(ctx: Any, *grads: Tensor | None) -> tuple:
+        ctx.needs_input_grad = ctx.needs_input_grad[1:]
+        return None, *backward(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(with_options)}
+    return type(name, (torch.autograd.Function,), members)
+
+
+def _is_eager(tensors: Sequence[Any]) -> bool:
+    """Whether these are ordinary tensors and no mode, transform or profiler wants to see the operator."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+        and all(_is_plain(x) for x in tensors)
+    )
+
+
+def _is_plain(x: Any) -> bool:
+    if isinstance(x, Tensor):
+        return type(x) in _PLAIN and not x.is_meta
+    return x is None or all(map(_is_plain, x))

@@ -1,15 +1,16 @@
 """Token level: log-probabilities of labels under logits, as a differentiable torch operator."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._checks import checks_values
-from ._registration import TOKEN_OPTIONS, register
+from ._registration import TOKEN_OPTIONS, register, register_overwriting, saves_without_hooks
 from .kernels import dispatch
 from .kernels.interface import RowStats, TokenOptions
 from .shared_rows import check_rows, shared_token_logprobs
-
-_GRAD_INPUTS = "Tensor labels, Tensor logps, Tensor max, Tensor sumexp, Tensor grad_logps"
 
 
 def token_logprobs(
@@ -68,7 +69,9 @@ def token_logprobs(
     # [..., T, V] and [..., T] as [B, T, V] and [B, T]; views wherever strides allow.
     batches = logits.flatten(0, -3) if labels.ndim > 1 else logits.unsqueeze(0)
     targets = labels.flatten(0, -2) if labels.ndim > 1 else labels.unsqueeze(0)
-    logps, _, _ = torch.ops.rpo_kernels.token_logprobs(batches, targets, *options, inplace_backward, backend)
+    logps, _, _ = token_logprobs_op(
+        batches, targets, **options._asdict(), inplace_backward=inplace_backward, backend=backend
+    )
     return logps.reshape(labels.shape)
 
 
@@ -100,77 +103,68 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must be on the logits' device {logits.device}; got {labels.device}")
 
 
-def _forward(logits, labels, scale, softcap, temperature, ignore_index, shift, inplace_backward, backend):
-    check_label_range(labels, logits.shape[-1], ignore_index)
-    options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
-    stats = dispatch.rows(logits, backend).row_stats(logits, labels, options)
+def _forward(
+    logits: Tensor, labels: Tensor, *, inplace_backward: bool, backend: str | None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats = dispatch.rows(logits, backend).row_stats(logits, labels, TokenOptions(**options))
+    # A label out of range has the log-probability of a column that is not there.
+    if checks_values(labels) and labels.numel() and not stats.logp.amin() > -torch.inf:
+        check_label_range(labels, logits.shape[-1], options["ignore_index"])
     return stats.logp, stats.max, stats.sumexp
 
 
-def _grad(logits, labels, logps, top, sumexp, grad_logps, scale, softcap, temperature, ignore_index, shift, backend):
-    options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
+def _grad(
+    logits: Tensor, labels: Tensor, saved: Sequence[Tensor], grad_logps: Tensor, *, backend: str | None, **options: Any
+) -> Tensor:
+    logps, top, sumexp = saved
     stats = RowStats(logps, top, sumexp, logps)
-    return dispatch.rows(logits, backend).row_grad(logits, labels, stats, grad_logps, options)
+    return dispatch.rows(logits, backend).row_grad(logits, labels, stats, grad_logps, TokenOptions(**options))
 
 
-def _grad_(logits, labels, logps, top, sumexp, grad_logps, scale, softcap, temperature, ignore_index, shift, backend):
-    options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
+def _grad_(
+    logits: Tensor, labels: Tensor, saved: Sequence[Tensor], grad_logps: Tensor, *, backend: str | None, **options: Any
+) -> None:
+    logps, top, sumexp = saved
     stats = RowStats(logps, top, sumexp, logps)
-    dispatch.rows(logits, backend).row_grad(logits, labels, stats, grad_logps, options, out=logits)
-    # Kernels write behind autograd's back: tell it, so that other readers of the logits raise.
-    torch.autograd.graph.increment_version(logits)
+    dispatch.rows(logits, backend).row_grad(logits, labels, stats, grad_logps, TokenOptions(**options), out=logits)
 
 
-def _fake_forward(logits, labels, *_):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return tuple(labels.new_empty(labels.shape, dtype=dtype) for _ in range(3))
+def _fake_forward(logits: Tensor, labels: Tensor, **_: Any) -> tuple[Tensor, ...]:
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return tuple(labels.new_empty(labels.shape, dtype=exact) for _ in range(3))
 
 
-def _fake_grad(logits, *_):
+def _fake_grad(logits: Tensor, *_: Any, **__: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _fake_grad_(logits, *_):
-    return None
-
-
-def _setup_context(ctx, inputs, output):
-    logits, labels, *options, inplace_backward, backend = inputs
+def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: tuple) -> None:
+    ctx.options = dict(keyword_only_inputs)
+    ctx.overwrites = ctx.options.pop("inplace_backward") and saves_without_hooks()
     ctx.set_materialize_grads(False)  # or zeros would be made for max and sumexp
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(logits, labels, *output)
-    ctx.constants = (*options, backend)
-    ctx.inplace_backward = inplace_backward
+    ctx.save_for_backward(*inputs, *output)
 
 
-def _backward(ctx, grad_logps, *_):
+def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
     if grad_logps is None:
-        return (None,) * 9
-    logits, *saved = ctx.saved_tensors
-    if ctx.inplace_backward:
-        torch.ops.rpo_kernels.token_logprobs_grad_(logits, *saved, grad_logps, *ctx.constants)
-        grad = logits
-    else:
-        grad = torch.ops.rpo_kernels.token_logprobs_grad(logits, *saved, grad_logps, *ctx.constants)
-    return grad, *[None] * 8
+        return None, None
+    logits, labels, *saved = ctx.saved_tensors
+    if ctx.overwrites and not torch.is_grad_enabled():
+        token_logprobs_grad_(logits, labels, saved, grad_logps, **ctx.options)
+        return logits.detach(), None
+    return token_logprobs_grad(logits, labels, saved, grad_logps, **ctx.options), None
 
 
-register(
-    f"token_logprobs(Tensor logits, Tensor labels, {TOKEN_OPTIONS}, bool inplace_backward, str? backend)"
+_GRAD_INPUTS = f"Tensor labels, Tensor[] saved, Tensor grad_logps, *, {TOKEN_OPTIONS}, str? backend"
+
+token_logprobs_op = register(
+    f"token_logprobs(Tensor logits, Tensor labels, *, {TOKEN_OPTIONS}, bool inplace_backward, str? backend)"
     " -> (Tensor logps, Tensor max, Tensor sumexp)",
     _forward,
     _fake_forward,
     backward=_backward,
     setup_context=_setup_context,
 )
-register(
-    f"token_logprobs_grad(Tensor logits, {_GRAD_INPUTS}, {TOKEN_OPTIONS}, str? backend) -> Tensor",
-    _grad,
-    _fake_grad,
-)
-register(
-    f"token_logprobs_grad_(Tensor(a!) logits, {_GRAD_INPUTS}, {TOKEN_OPTIONS}, str? backend) -> ()",
-    _grad_,
-    _fake_grad_,
-    backward=None,
-)
+token_logprobs_grad = register(f"token_logprobs_grad(Tensor logits, {_GRAD_INPUTS}) -> Tensor", _grad, _fake_grad)
+token_logprobs_grad_ = register_overwriting(f"token_logprobs_grad_(Tensor(a!) logits, {_GRAD_INPUTS}) -> ()", _grad_)

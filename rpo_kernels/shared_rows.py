@@ -8,13 +8,14 @@ so one pass over the logits serves all labels: the row kernels see each row with
 gradients, and the few entries at the labels are written afterwards. No atomics: the bits are the same in every run.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._checks import checks_values
-from ._registration import TOKEN_OPTIONS, register
+from ._registration import TOKEN_OPTIONS, register, register_overwriting, saves_without_hooks
 from .kernels import dispatch, reference
 from .kernels.interface import RowStats, TokenOptions
 
@@ -65,8 +66,8 @@ def shared_token_logprobs(
     logits: Tensor, labels: Tensor, rows: Tensor, options: TokenOptions, inplace_backward: bool, backend: str | None
 ) -> Tensor:
     """`token_logprobs(logits[rows], labels)` for checked `[T, V]` logits and `[N]` labels, without copying logits."""
-    logps, *_ = torch.ops.rpo_kernels.shared_token_logprobs(
-        logits, labels, rows.long(), *options, inplace_backward, backend
+    logps, *_ = shared_token_logprobs_op(
+        logits, labels, rows.long(), **options._asdict(), inplace_backward=inplace_backward, backend=backend
     )
     return logps
 
@@ -108,18 +109,10 @@ def _counted(logits: Tensor, labels: Tensor, options: TokenOptions) -> Tensor:
 
 
 def _forward(
-    logits: Tensor,
-    labels: Tensor,
-    rows: Tensor,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    shift: bool,
-    inplace_backward: bool,
-    backend: str | None,
+    logits: Tensor, labels: Tensor, rows: Tensor, *, inplace_backward: bool, backend: str | None, **token_options: Any
 ) -> Saved:
-    options = TokenOptions(scale, softcap, temperature, ignore_index, shift)
+    options = TokenOptions(**token_options)
+    ignore_index = options.ignore_index
     counted = _counted(logits, labels, options)
     first = _first_labels(counted, rows, len(logits))
     stats = dispatch.rows(logits, backend).row_stats(logits[None], _at(labels, first, ignore_index)[None], options)
@@ -136,8 +129,8 @@ def _write_grad(
     logits: Tensor,
     labels: Tensor,
     rows: Tensor,
-    grad_logps: Tensor,
     saved: Saved,
+    grad_logps: Tensor,
     options: TokenOptions,
     backend: str | None,
     out: Tensor | None,
@@ -162,66 +155,63 @@ def _write_grad(
     return grad
 
 
-def _grad(logits: Tensor, labels: Tensor, rows: Tensor, grad_logps: Tensor, *rest: Any) -> Tensor:
-    saved, options, backend = Saved(*rest[:6]), TokenOptions(*rest[6:-1]), rest[-1]
-    return _write_grad(logits, labels, rows, grad_logps, saved, options, backend, None)
+def _grad(
+    logits: Tensor, labels: Tensor, rows: Tensor, saved: Sequence[Tensor], grad_logps: Tensor,
+    *, backend: str | None, **options: Any,
+) -> Tensor:  # fmt: skip
+    return _write_grad(logits, labels, rows, Saved(*saved), grad_logps, TokenOptions(**options), backend, None)
 
 
-def _grad_(logits: Tensor, labels: Tensor, rows: Tensor, grad_logps: Tensor, *rest: Any) -> None:
-    saved, options, backend = Saved(*rest[:6]), TokenOptions(*rest[6:-1]), rest[-1]
-    _write_grad(logits, labels, rows, grad_logps, saved, options, backend, logits)
-    # Kernels write behind autograd's back: tell it, so that other readers of the logits raise.
-    torch.autograd.graph.increment_version(logits)
+def _grad_(
+    logits: Tensor, labels: Tensor, rows: Tensor, saved: Sequence[Tensor], grad_logps: Tensor,
+    *, backend: str | None, **options: Any,
+) -> None:  # fmt: skip
+    _write_grad(logits, labels, rows, Saved(*saved), grad_logps, TokenOptions(**options), backend, logits)
 
 
-def _fake_forward(logits: Tensor, labels: Tensor, *_: Any) -> Saved:
+def _fake_forward(logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Saved:
     exact = torch.promote_types(logits.dtype, torch.float32)
     logps, label_logits = (labels.new_empty(labels.shape, dtype=exact) for _ in range(2))
     row_logps, top, sumexp = (logits.new_empty(logits.shape[:1], dtype=exact) for _ in range(3))
     return Saved(logps, label_logits, labels.new_empty(logits.shape[:1], dtype=torch.int64), row_logps, top, sumexp)
 
 
-def _fake_grad(logits: Tensor, *_: Any) -> Tensor:
+def _fake_grad(logits: Tensor, *_: Any, **__: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _fake_grad_(logits: Tensor, *_: Any) -> None:
-    return None
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, labels, rows, *options, inplace_backward, backend = inputs
+def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: tuple) -> None:
+    ctx.options = dict(keyword_only_inputs)
+    ctx.overwrites = ctx.options.pop("inplace_backward") and saves_without_hooks()
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(logits, labels, rows, *output)
-    ctx.constants = (*options, backend)
-    ctx.inplace_backward = inplace_backward
+    ctx.save_for_backward(*inputs, *output)
 
 
-def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple:
+def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
     if grad_logps is None:
-        return (None,) * 10
+        return None, None, None
     logits, labels, rows, *saved = ctx.saved_tensors
-    if ctx.inplace_backward:
-        torch.ops.rpo_kernels.shared_token_logprobs_grad_(logits, labels, rows, grad_logps, *saved, *ctx.constants)
-        grad = logits
-    else:
-        grad = torch.ops.rpo_kernels.shared_token_logprobs_grad(
-            logits, labels, rows, grad_logps, *saved, *ctx.constants
-        )
-    return grad, *[None] * 9
+    if ctx.overwrites and not torch.is_grad_enabled():
+        shared_token_logprobs_grad_(logits, labels, rows, saved, grad_logps, **ctx.options)
+        return logits.detach(), None, None
+    return shared_token_logprobs_grad(logits, labels, rows, saved, grad_logps, **ctx.options), None, None
 
 
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
-_GRAD_INPUTS = f"Tensor labels, Tensor rows, Tensor grad_logps, {_SAVED}, {TOKEN_OPTIONS}, str? backend"
+_GRAD_INPUTS = f"Tensor labels, Tensor rows, Tensor[] saved, Tensor grad_logps, *, {TOKEN_OPTIONS}, str? backend"
 
-register(
-    f"shared_token_logprobs(Tensor logits, Tensor labels, Tensor rows, {TOKEN_OPTIONS}, bool inplace_backward, "
+shared_token_logprobs_op = register(
+    f"shared_token_logprobs(Tensor logits, Tensor labels, Tensor rows, *, {TOKEN_OPTIONS}, bool inplace_backward, "
     f"str? backend) -> ({_SAVED})",
     _forward,
     _fake_forward,
     backward=_backward,
     setup_context=_setup_context,
 )
-register(f"shared_token_logprobs_grad(Tensor logits, {_GRAD_INPUTS}) -> Tensor", _grad, _fake_grad)
-register(f"shared_token_logprobs_grad_(Tensor(a!) logits, {_GRAD_INPUTS}) -> ()", _grad_, _fake_grad_, backward=None)
+shared_token_logprobs_grad = register(
+    f"shared_token_logprobs_grad(Tensor logits, {_GRAD_INPUTS}) -> Tensor", _grad, _fake_grad
+)
+shared_token_logprobs_grad_ = register_overwriting(
+    f"shared_token_logprobs_grad_(Tensor(a!) logits, {_GRAD_INPUTS}) -> ()", _grad_
+)

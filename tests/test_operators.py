@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from rpo_kernels import RPO, rpo_loss, token_logprobs
 
 OPS = torch.ops.rpo_kernels
-CONSTANTS = (1.0, None, 1.0, -100, True)
+OPTIONS = dict(logit_scale=1.0, softcap=None, temperature=1.0, ignore_index=-100, shift=True)
 
 
 def make(device="cpu", dtype=torch.float32, vocab=90):
@@ -30,22 +30,25 @@ def loss_of(hidden, weight, labels, rewards, ref, backend, **options):
 def test_opcheck(backend, backend_device, inplace):
     hidden, weight, labels, *_ = make(backend_device)
     logits = (hidden @ weight.T).detach().requires_grad_()
-    torch.library.opcheck(OPS.token_logprobs, (logits, labels, *CONSTANTS, inplace, backend))
+    torch.library.opcheck(
+        OPS.token_logprobs, (logits, labels), dict(OPTIONS, inplace_backward=inplace, backend=backend)
+    )
 
 
 @pytest.mark.parametrize("name", ["token_logprobs_grad", "token_logprobs_grad_"])
 def test_opcheck_of_the_gradient(backend, backend_device, name):
     hidden, weight, labels, *_ = make(backend_device)
     logits = (hidden @ weight.T).detach()
-    stats = OPS.token_logprobs(logits, labels, *CONSTANTS, False, backend)
-    torch.library.opcheck(getattr(OPS, name), (logits, labels, *stats, torch.ones_like(stats[0]), *CONSTANTS, backend))
+    stats = OPS.token_logprobs(logits, labels, **OPTIONS, inplace_backward=False, backend=backend)
+    inputs = (logits, labels, list(stats), torch.ones_like(stats[0]))
+    torch.library.opcheck(getattr(OPS, name), inputs, dict(OPTIONS, backend=backend))
 
 
 def test_opcheck_of_the_fused_objective(live_backend):
     _, device = live_backend("triton")
     *_, labels, rewards, ref = make(device)
     logps = -torch.rand(labels.shape).to(device).requires_grad_()
-    family = ("bwd_kl", 0.1, 1.0, 0.0, None, True)
+    family = dict(distance="bwd_kl", beta=0.1, eta=1.0, gamma=0.0, target_margin=None, length_normalize=True)
     for weights, offsets, index, layout in [
         (None, None, None, [4, 2, 2, 2, 1]),
         (
@@ -55,11 +58,12 @@ def test_opcheck_of_the_fused_objective(live_backend):
             [4, 2, 3, 0, 0],
         ),
     ]:
-        arguments = (logps, labels, rewards, ref, weights, offsets, index, layout, *family, -100, True)
-        torch.library.opcheck(OPS.rpo_reduce, arguments, atol=1e-5, rtol=1e-5)
+        arguments = (logps, labels, rewards, ref, weights, offsets, index)
+        options = dict(family, layout=layout, ignore_index=-100, shift=True)
+        torch.library.opcheck(OPS.rpo_reduce, arguments, options, atol=1e-5, rtol=1e-5)
         gradients = [torch.rand((), device=device), torch.rand(2, device=device), torch.rand(4, device=device)]
-        inputs = (*gradients, OPS.rpo_reduce(*arguments)[-1], labels, weights, offsets, index, layout)
-        torch.library.opcheck(OPS.rpo_reduce_grad, inputs)
+        inputs = (*gradients, OPS.rpo_reduce(*arguments, **options)[-1], labels, weights, offsets, index)
+        torch.library.opcheck(OPS.rpo_reduce_grad, inputs, dict(layout=layout))
 
 
 @pytest.mark.parametrize("inplace", [False, True])

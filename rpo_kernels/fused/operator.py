@@ -30,7 +30,7 @@ def rpo_reduce(
 
     `loss`, `group_losses` and the sequence sums are differentiable in `token_logps`.
     """
-    outputs = torch.ops.rpo_kernels.rpo_reduce(
+    *outputs, _ = rpo_reduce_op(
         token_logps,
         labels,
         rewards,
@@ -38,17 +38,17 @@ def rpo_reduce(
         token_weights,
         segments.cu_seqlens,
         groups.index,
-        [segments.count, groups.count, groups.size, groups.group_stride, groups.response_stride],
-        objective.distance,
-        objective.beta,
-        objective.eta,
-        objective.gamma,
-        objective.target_margin,
-        objective.length_normalize,
-        ignore_index,
-        shift,
+        layout=[segments.count, groups.count, groups.size, groups.group_stride, groups.response_stride],
+        distance=objective.distance,
+        beta=objective.beta,
+        eta=objective.eta,
+        gamma=objective.gamma,
+        target_margin=objective.target_margin,
+        length_normalize=objective.length_normalize,
+        ignore_index=ignore_index,
+        shift=shift,
     )
-    return outputs[:-1]
+    return tuple(outputs)
 
 
 def _structure(cu_seqlens: Tensor | None, index: Tensor | None, layout: list[int]) -> tuple[Segments, Groups]:
@@ -57,76 +57,94 @@ def _structure(cu_seqlens: Tensor | None, index: Tensor | None, layout: list[int
 
 
 def _forward(
-    token_logps, labels, rewards, ref_logps, token_weights, cu_seqlens, index, layout,
-    distance, beta, eta, gamma, target_margin, length_normalize, ignore_index, shift,
-):  # fmt: skip
+    token_logps: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    index: Tensor | None,
+    *,
+    layout: list[int],
+    ignore_index: int,
+    shift: bool,
+    **family: Any,
+) -> tuple[Tensor, ...]:
     from .kernel import sequence_reduce
 
     _, groups = _structure(cu_seqlens, index, layout)
-    objective = RPO(distance, beta, eta, length_normalize, target_margin=target_margin, gamma=gamma)
-    return tuple(
-        sequence_reduce(
-            token_logps,
-            labels,
-            rewards,
-            groups,
-            objective,
-            ref_logps=ref_logps,
-            token_weights=token_weights,
-            cu_seqlens=cu_seqlens,
-            ignore_index=ignore_index,
-            shift=shift,
-        )
+    return sequence_reduce(
+        token_logps,
+        labels,
+        rewards,
+        groups,
+        RPO(**family),
+        ref_logps=ref_logps,
+        token_weights=token_weights,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        shift=shift,
     )
 
 
-def _fake_forward(token_logps, labels, rewards, ref_logps, token_weights, cu_seqlens, index, layout, *_):
+def _fake_forward(token_logps: Tensor, *_: Any, layout: list[int], **__: Any) -> tuple[Tensor, ...]:
     num_sequences, num_groups = layout[:2]
     shapes = ((), (num_groups,), *[(num_sequences,)] * 3, (), (), (num_sequences,))
     return tuple(token_logps.new_empty(shape) for shape in shapes)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    labels, token_weights, cu_seqlens, index, layout = inputs[1], *inputs[4:8]
+def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: tuple) -> None:
+    _, labels, _, _, token_weights, cu_seqlens, index = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
-    ctx.save_for_backward(labels, token_weights, cu_seqlens, index, output[-1])
-    ctx.layout = layout
+    ctx.save_for_backward(output[-1], labels, token_weights, cu_seqlens, index)
+    ctx.layout = keyword_only_inputs["layout"]
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, grad_groups: Tensor | None, grad_logps: Tensor | None, *_: Any):
-    gradients = (grad_loss, grad_groups, grad_logps)
-    if all(gradient is None for gradient in gradients):
-        return (None,) * 16
-    labels, *structure, coef = ctx.saved_tensors
-    grad = torch.ops.rpo_kernels.rpo_reduce_grad(*gradients, coef, labels, *structure, ctx.layout)
-    return grad, *[None] * 15
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if all(grad is None for grad in grads[:3]):
+        return (None,) * 7
+    grad_loss, grad_groups, grad_logps = grads[:3]
+    return rpo_reduce_grad(grad_loss, grad_groups, grad_logps, *ctx.saved_tensors, layout=ctx.layout), *[None] * 6
 
 
-def _grad(grad_loss, grad_groups, grad_logps, coef, labels, token_weights, cu_seqlens, index, layout):
+def _grad(
+    grad_loss: Tensor | None,
+    grad_groups: Tensor | None,
+    grad_logps: Tensor | None,
+    coef: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    index: Tensor | None,
+    *,
+    layout: list[int],
+) -> Tensor:
     """Each sum's gradient, spread over its tokens. Positions that are not scored get it too, and ignore it:
     their log-probability is the constant 0, and the row kernels skip them."""
     segments, groups = _structure(cu_seqlens, index, layout)
+    factor = grad_loss
     if grad_groups is not None:
         per_group = groups.spread(grad_groups * groups.count, segments.count)
-        grad_loss = per_group if grad_loss is None else grad_loss + per_group
-    if grad_loss is None:
-        grad = grad_logps.clone()
-    else:
-        grad = grad_loss * coef if grad_logps is None else torch.addcmul(grad_logps, grad_loss, coef)
+        factor = per_group if factor is None else factor + per_group
+    grad = torch.zeros_like(coef) if grad_logps is None else grad_logps.clone()
+    if factor is not None:
+        grad = torch.addcmul(grad, factor, coef)
     grad = segments.spread(grad, labels)
     return grad if token_weights is None else grad * token_weights
 
 
-def _fake_grad(grad_loss, grad_groups, grad_logps, coef, labels, token_weights, cu_seqlens, *_):
+def _fake_grad(*tensors: Tensor | None, layout: list[int]) -> Tensor:
+    coef, labels, token_weights, cu_seqlens, _ = tensors[3:]
+    assert coef is not None and labels is not None
     if cu_seqlens is None and token_weights is None:
         return torch.empty_like(coef).unsqueeze(-1).expand(labels.shape)
     return coef.new_empty(labels.shape)
 
 
-register(
+rpo_reduce_op = register(
     "rpo_reduce(Tensor token_logps, Tensor labels, Tensor rewards, Tensor? ref_logps, Tensor? token_weights,"
-    " Tensor? cu_seqlens, Tensor? index, int[] layout, str distance, float beta, float eta, float gamma,"
+    " Tensor? cu_seqlens, Tensor? index, *, int[] layout, str distance, float beta, float eta, float gamma,"
     " float? target_margin, bool length_normalize, int ignore_index, bool shift)"
     " -> (Tensor loss, Tensor group_losses, Tensor logps, Tensor ref_logps, Tensor implicit_rewards,"
     " Tensor accuracy, Tensor margin, Tensor coef)",
@@ -135,9 +153,9 @@ register(
     backward=_backward,
     setup_context=_setup_context,
 )
-register(
+rpo_reduce_grad = register(
     "rpo_reduce_grad(Tensor? grad_loss, Tensor? grad_groups, Tensor? grad_logps, Tensor coef, Tensor labels,"
-    " Tensor? token_weights, Tensor? cu_seqlens, Tensor? index, int[] layout) -> Tensor",
+    " Tensor? token_weights, Tensor? cu_seqlens, Tensor? index, *, int[] layout) -> Tensor",
     _grad,
     _fake_grad,
 )
