@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from rpo_kernels.train import attach_reference_logps, batches
+import rpo_kernels.train.reference as reference
+from rpo_kernels.train import attach_reference_logps
 from training import arguments, dataset, tiny_model
 
 
@@ -29,8 +30,8 @@ def attach(data, model, tmp_path, **changes):
 def forward_passes(monkeypatch):
     """Counts the batches that reach the reference model."""
     calls = []
-    original = batches.response_logps
-    monkeypatch.setattr(batches, "response_logps", lambda *args: (calls.append(1), original(*args))[1])
+    original = reference.response_logps
+    monkeypatch.setattr(reference, "response_logps", lambda *args: (calls.append(1), original(*args))[1])
     return calls
 
 
@@ -49,17 +50,17 @@ def test_values_and_cache(tmp_path, forward_passes):
 
 def test_an_interrupted_pass_continues_where_it_stopped(tmp_path, monkeypatch, forward_passes):
     model, data = tiny_model(), dataset(6)
-    counted = batches.response_logps
+    counted = reference.response_logps
 
     def fails_at_third(*args):
         if len(forward_passes) == 2:
             raise KeyboardInterrupt
         return counted(*args)
 
-    monkeypatch.setattr(batches, "response_logps", fails_at_third)
+    monkeypatch.setattr(reference, "response_logps", fails_at_third)
     with pytest.raises(KeyboardInterrupt):
         attach([data], model, tmp_path)
-    monkeypatch.setattr(batches, "response_logps", counted)
+    monkeypatch.setattr(reference, "response_logps", counted)
     (file,) = (tmp_path / "cache").iterdir()
     # The last line was cut short, as by a lost machine.
     file.write_bytes(file.read_bytes()[:-9])
