@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-import rpo_kernels.train.reference as reference
-from rpo_kernels.train import attach_reference_logps
+from rpo_kernels.train import attach_reference_logps, batches
 from training import arguments, dataset, tiny_model
 
 
@@ -30,8 +29,8 @@ def attach(data, model, tmp_path, **changes):
 def forward_passes(monkeypatch):
     """Counts the batches that reach the reference model."""
     calls = []
-    original = reference.response_logps
-    monkeypatch.setattr(reference, "response_logps", lambda *args: (calls.append(1), original(*args))[1])
+    original = batches.response_logps
+    monkeypatch.setattr(batches, "response_logps", lambda *args: (calls.append(1), original(*args))[1])
     return calls
 
 
@@ -50,17 +49,17 @@ def test_values_and_cache(tmp_path, forward_passes):
 
 def test_an_interrupted_pass_continues_where_it_stopped(tmp_path, monkeypatch, forward_passes):
     model, data = tiny_model(), dataset(6)
-    counted = reference.response_logps
+    counted = batches.response_logps
 
     def fails_at_third(*args):
         if len(forward_passes) == 2:
             raise KeyboardInterrupt
         return counted(*args)
 
-    monkeypatch.setattr(reference, "response_logps", fails_at_third)
+    monkeypatch.setattr(batches, "response_logps", fails_at_third)
     with pytest.raises(KeyboardInterrupt):
         attach([data], model, tmp_path)
-    monkeypatch.setattr(reference, "response_logps", counted)
+    monkeypatch.setattr(batches, "response_logps", counted)
     (file,) = (tmp_path / "cache").iterdir()
     # The last line was cut short, as by a lost machine.
     file.write_bytes(file.read_bytes()[:-9])

@@ -109,12 +109,16 @@ class Parser(HfArgumentParser):
 def _flag(name: str, value: Any) -> list[str]:
     if value is None:
         return []
+    if name.replace("-", "_") == "shared_prompts" and isinstance(value, bool):
+        value = "on" if value else "off"  # which YAML reads as true and false
     values = value if isinstance(value, list) else [value]
     return [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
 
 
-def check_loss_layer(run: RunArguments) -> None:
+def check_run(run: RunArguments) -> None:
     """ValueError for what cannot be read, is out of range, or would be ignored."""
+    if run.max_tokens is not None and run.max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {run.max_tokens}")
     parse_budget(run.memory_budget, torch.device("cpu"))
     if run.gradient_filter is not None and not run.gradient_filter >= 0:
         raise ValueError(f"gradient_filter must be at least 0, got {run.gradient_filter}")
@@ -141,7 +145,7 @@ def parse(argv: Sequence[str], demonstration: Sequence[str]) -> tuple[Settings, 
     try:
         settings.objective.build()
         settings.data.check()
-        check_loss_layer(settings.run)
+        check_run(settings.run)
     except ValueError as error:
         parser.error(str(error))
     return settings, demo

@@ -12,6 +12,8 @@ from transformers.utils import logging
 from .. import RPOOutput, linear_rpo_loss, linear_token_logprobs, rpo_loss, token_logprobs
 from ..integrations.model_head import ModelHead, check_head, find_head
 from ..objectives import Objective
+from ..sequences import Segments
+from ..shared_prompts import attention_mask
 from .models import base_model
 
 logger = logging.get_logger(__name__)
@@ -47,7 +49,7 @@ class LossLayer:
 
 
 def preference_loss(model: nn.Module, batch: dict, objective: Objective, layer: LossLayer = LossLayer()) -> RPOOutput:
-    """The objective on a batch of `GroupCollator`, differentiable in the model's parameters."""
+    """The objective on a batch of `GroupCollator` or `SharedPromptCollator`, differentiable in the parameters."""
     sizes = batch["group_sizes"]
     ragged = len(set(sizes)) > 1
     groups: dict[str, Any] = dict(
@@ -55,11 +57,11 @@ def preference_loss(model: nn.Module, batch: dict, objective: Objective, layer: 
         objective=objective,
         num_responses=sizes[0],
         group_ids=[g for g, size in enumerate(sizes) for _ in range(size)] if ragged else None,
-        shift=True,
+        cu_seqlens=batch.get("cu_seqlens"),
     )
     if layer.level == "logits":
-        logits, labels = _logits(model, batch)
-        return rpo_loss(logits, labels, batch["rewards"], inplace_backward=True, **groups)
+        logits, labels, places = _logits(model, batch)
+        return rpo_loss(logits, labels, batch["rewards"], inplace_backward=True, **places, **groups)
 
     def loss(head: ModelHead, hidden: Tensor) -> RPOOutput:
         return linear_rpo_loss(
@@ -69,6 +71,7 @@ def preference_loss(model: nn.Module, batch: dict, objective: Objective, layer: 
             memory_budget=layer.memory_budget,
             gradient_filter=layer.gradient_filter,
             **head.arguments,
+            **_places(batch),
             **groups,
         )
 
@@ -78,18 +81,20 @@ def preference_loss(model: nn.Module, batch: dict, objective: Objective, layer: 
 @torch.no_grad()
 def response_logps(model: nn.Module, batch: dict, layer: LossLayer = LossLayer()) -> Tensor:
     """Log-probability of each response of a batch, `[B]` float32: what a reference model is asked for."""
+    segments = Segments(len(batch["rewards"]), batch.get("cu_seqlens"))
     if layer.level == "logits":
-        logits, labels = _logits(model, batch)
-        return token_logprobs(logits, labels, shift=True).sum(-1)
+        logits, labels, places = _logits(model, batch)
+        return segments.sum(token_logprobs(logits, labels, **places))
 
     def logps(head: ModelHead, hidden: Tensor) -> Tensor:
-        return linear_token_logprobs(
+        token_logps = linear_token_logprobs(
             hidden,
             labels=batch["labels"],
-            shift=True,
             memory_budget=layer.memory_budget,
             **head.arguments,
-        ).sum(-1)
+            **_places(batch),
+        )
+        return segments.sum(token_logps)
 
     return _at_head(model, batch, logps)
 
@@ -111,25 +116,44 @@ def _at_head(model: nn.Module, batch: dict, use: Callable[[ModelHead, Tensor], A
     def forward(**inputs: Tensor) -> Any:
         restore()
         head = find_head(inner)
-        return use(head, head.backbone(**inputs, use_cache=False).last_hidden_state)
+        hidden = head.backbone(**inputs, use_cache=False).last_hidden_state
+        return use(head, hidden[0] if _is_shared(batch) else hidden)
 
     inner.forward = forward
     try:
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return model(**_model_inputs(model, batch))
     finally:
         restore()
 
 
-def _logits(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
-    """Logits and labels of the positions from the end of the shortest prompt on, where the model can leave out others.
+def _logits(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Logits, their labels, and which predicts which; only the logits that predict one, where the model can do so.
 
     Models apply their own softcap and logit scale, so these logits are final.
     """
     keep = {}
     if takes_logits_to_keep(model):
-        keep["logits_to_keep"] = batch["logits_to_keep"]
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **keep).logits
-    return logits, batch["labels"][:, -logits.shape[1] :]
+        keep["logits_to_keep"] = batch["label_rows"] if _is_shared(batch) else batch["logits_to_keep"]
+    logits = model(**_model_inputs(model, batch), use_cache=False, **keep).logits
+    if _is_shared(batch):
+        return logits[0], batch["labels"], {} if keep else _places(batch)
+    return logits, batch["labels"][:, -logits.shape[1] :], _places(batch)
+
+
+def _is_shared(batch: dict) -> bool:
+    return "visible_until" in batch
+
+
+def _model_inputs(model: nn.Module, batch: dict) -> dict[str, Any]:
+    inputs = {"input_ids": batch["input_ids"]}
+    if _is_shared(batch):
+        return inputs | {"position_ids": batch["position_ids"], "attention_mask": attention_mask(model, batch)}
+    return inputs | {"attention_mask": batch["attention_mask"]}
+
+
+def _places(batch: dict) -> dict[str, Any]:
+    """Which of the model's positions predicts each label, as an argument of the package's operators."""
+    return {"rows": batch["label_rows"]} if _is_shared(batch) else {"shift": True}
 
 
 def takes_logits_to_keep(model: nn.Module) -> bool:

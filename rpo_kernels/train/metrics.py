@@ -1,9 +1,12 @@
 """What a run reports of its batches: collected per group, so that sums over batches and processes are exact."""
 
-from collections.abc import Sequence
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -25,13 +28,16 @@ class GroupTable(NamedTuple):
 
     @classmethod
     def of(cls, output: RPOOutput, batch: dict) -> "GroupTable":
-        """Table of one batch of `GroupCollator` and its loss."""
+        """Table of one batch of `GroupCollator` or `SharedPromptCollator` and its loss."""
         sizes = batch["group_sizes"]
 
         def by_group(values: Tensor) -> Tensor:
             return pad_sequence(values.detach().split(sizes), batch_first=True)
 
-        scored = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(-1)
+        if "cu_seqlens" in batch:
+            scored = batch["cu_seqlens"].diff()
+        else:
+            scored = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(-1)
         dropped = torch.tensor(batch["dropped_tokens"], device=scored.device)
         return cls(
             output.group_losses.detach(),
@@ -43,9 +49,9 @@ class GroupTable(NamedTuple):
             dropped,
         )
 
-    def first(self, count: int) -> "GroupTable":
-        """The first groups alone."""
-        return GroupTable(*(column[:count] for column in self))
+    def take(self, groups: slice | Tensor) -> "GroupTable":
+        """Some of the groups, or all in another order."""
+        return GroupTable(*(column[groups] for column in self))
 
     @classmethod
     def join(cls, tables: Sequence["GroupTable"]) -> "GroupTable":
@@ -58,6 +64,10 @@ class GroupTable(NamedTuple):
             return torch.cat([torch.nn.functional.pad(c.cpu(), (0, width - c.shape[1])) for c in columns])
 
         return cls(*(joined(columns) for columns in zip(*tables, strict=True)))
+
+    def to(self, device: torch.device) -> "GroupTable":
+        """The table on a device."""
+        return GroupTable(*(column.to(device) for column in self))
 
     def summary(self) -> dict[str, float]:
         """Loss, accuracy and margin (`objectives.ranking_metrics`), mean log-probability of the best and of the
@@ -76,3 +86,26 @@ class GroupTable(NamedTuple):
             "scored_tokens": int(self.scored_tokens[present].sum()),
             "dropped_tokens": int(self.dropped_tokens.sum()),
         }
+
+
+class Speed:
+    """Tokens and time of training since the last summary."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(4)
+
+    @contextlib.contextmanager
+    def of(self, batch: dict) -> Iterator[None]:
+        """Count a batch of `BatchForm` and the time spent inside."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self._sums += torch.tensor([seconds, *(batch[f"{kind}_tokens"] for kind in ("real", "computed", "padded"))])
+
+    def summary(self, accelerator: Accelerator) -> dict[str, float]:
+        """Over all processes: `tokens_per_second`, those that are not padding, and `tokens_saved`, the share of the
+        tokens of separate padded sequences that were not computed."""
+        sums, self._sums = self._sums, torch.zeros(4)
+        seconds, real, computed, padded = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+        per_second = real * accelerator.num_processes / max(seconds, 1e-9)
+        return {"tokens_per_second": per_second, "tokens_saved": 1 - computed / max(padded, 1)}

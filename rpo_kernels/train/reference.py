@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from ..kernels import dispatch
-from .dataset import Example, GroupCollator, PreferenceDataset
-from .loss_layer import LossLayer, response_logps
+from .batches import BatchForm, response_logps_by_group
+from .dataset import Example, PreferenceDataset
+from .loss_layer import LossLayer
 from .models import base_model
 
 LogpsByKey = dict[str, list[float]]
@@ -38,6 +39,7 @@ def attach_reference_logps(
     pad_token_id: int = 0,
     cache_dir: str | Path | None = None,
     loss_layer: LossLayer | None = None,
+    batch_form: BatchForm | None = None,
 ) -> int:
     """Give every example of the datasets its `ref_logps` under `model`, whose adapter (PEFT), if any, is switched off.
 
@@ -47,9 +49,9 @@ def attach_reference_logps(
         datasets: changed in place.
         model: the reference; moved to `args.device`.
         args: device, mixed precision, `per_device_eval_batch_size` and processes.
-        pad_token_id: pads the batches.
+        pad_token_id: pads the batches of the default `batch_form`.
         cache_dir: default `default_cache_dir()`.
-        loss_layer: as for `RPOTrainer`.
+        loss_layer, batch_form: as for `RPOTrainer`.
 
     Returns:
         How many groups had to be computed, over all processes; the others were in the cache.
@@ -57,7 +59,9 @@ def attach_reference_logps(
     datasets = list(datasets)
     model.to(args.device)
     loss_layer = loss_layer or LossLayer.of(model)
-    path = Path(cache_dir or default_cache_dir()) / f"{_model_key(model, args, loss_layer)}.jsonl"
+    batch_form = batch_form or BatchForm.of(model, pad_token_id=pad_token_id)
+    key = _model_key(model, args, f"{loss_layer.level} {'shared' if batch_form.shared else 'padded'}")
+    path = Path(cache_dir or default_cache_dir()) / f"{key}.jsonl"
     known: LogpsByKey = {}
     # One process reads for all: another might already see what a third has written, and share out the work otherwise.
     _exchange(known, _read(path) if args.process_index == 0 else {}, args.world_size)
@@ -66,7 +70,7 @@ def attach_reference_logps(
         todo = list({e.key: e for e in dataset.examples if e.key not in known}.values())
         computed += len(todo)
         share = todo[args.process_index :: args.world_size]
-        _exchange(known, _compute(share, model, args, pad_token_id, path, loss_layer), args.world_size)
+        _exchange(known, _compute(share, model, args, path, loss_layer, batch_form), args.world_size)
         for example in dataset.examples:
             example.ref_logps = known[example.key]
     return computed
@@ -76,9 +80,9 @@ def _compute(
     examples: list[Example],
     model: nn.Module,
     args: TrainingArguments,
-    pad_token_id: int,
     path: Path,
     loss_layer: LossLayer,
+    batch_form: BatchForm,
 ) -> LogpsByKey:
     """Log-probabilities of the examples, each written to the cache as soon as it is known."""
     computed: LogpsByKey = {}
@@ -87,15 +91,14 @@ def _compute(
     loader: DataLoader = DataLoader(
         examples,  # type: ignore[arg-type]
         args.per_device_eval_batch_size,
-        collate_fn=_Keyed(GroupCollator(pad_token_id)),
+        collate_fn=_Keyed(batch_form),
     )
     quiet = args.disable_tqdm or args.process_index != 0
     training = model.training
     model.eval()
     with _adapter_off(model), _autocast(args), _open_to_append(path) as file:
         for keys, batch in tqdm(loader, desc="Reference log-probabilities", unit=" batches", disable=quiet):
-            batch = {k: v.to(args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            logps = response_logps(model, batch, loss_layer).cpu().split(batch["group_sizes"])
+            logps = response_logps_by_group(model, batch, loss_layer)
             for key, values in zip(keys, logps, strict=True):
                 computed[key] = values.tolist()
                 # One write a line, so that processes may share the file.
@@ -107,7 +110,7 @@ def _compute(
 class _Keyed:
     """Collates, and passes the examples' keys along."""
 
-    def __init__(self, collator: GroupCollator):
+    def __init__(self, collator: BatchForm):
         self.collator = collator
 
     def __call__(self, examples: list[Example]) -> tuple[list[str], dict]:
@@ -159,11 +162,11 @@ def _autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
     return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
 
 
-def _model_key(model: nn.Module, args: TrainingArguments, loss_layer: LossLayer) -> str:
-    """Digest of the model's configuration and weights, its adapter's excepted, and of what it is computed in."""
+def _model_key(model: nn.Module, args: TrainingArguments, way: str) -> str:
+    """Digest of the model's configuration and weights, its adapter's excepted, and of how it is computed."""
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "none"
     backend = dispatch.choose(torch.empty(0, device=args.device), None)
-    digest = hashlib.sha256(f"{args.device.type} {precision} {torch.__version__} {backend} {loss_layer.level}".encode())
+    digest = hashlib.sha256(f"{args.device.type} {precision} {torch.__version__} {backend} {way}".encode())
     base = base_model(model)
     config = {k: v for k, v in base.config.to_dict().items() if k not in VOLATILE_CONFIG}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())

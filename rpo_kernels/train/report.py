@@ -67,9 +67,12 @@ class ProgressBar(ProgressCallback):
             self.prediction_bar.set_description("Evaluation")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        """Show the latest loss and accuracy."""
+        """Show the latest loss, accuracy and speed."""
         if self.training_bar is not None and logs and "loss" in logs and "accuracy" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", accuracy=f"{logs['accuracy']:.2f}")
+            shown = {"loss": f"{logs['loss']:.3f}", "accuracy": f"{logs['accuracy']:.2f}"}
+            if "tokens_per_second" in logs:
+                shown |= {"tokens/s": f"{logs['tokens_per_second']:,.0f}", "saved": f"{logs['tokens_saved']:.0%}"}
+            self.training_bar.set_postfix(shown)
 
 
 def print_table(before: dict, after: dict, counts: dict[str, int], files: Iterable[tuple[str, Path]]) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import demo
+from .batches import BatchForm
 from .config import Settings, parse
 from .data import DataError, read_groups
 from .dataset import PreferenceDataset
@@ -57,6 +58,7 @@ def train(settings: Settings, is_demo: bool = False) -> dict:
         eval_dataset=datasets.get(HELD_OUT),
         processing_class=tokenizer,
         loss_layer=loss_layer,
+        batch_form=_batch_form(settings, model, list(datasets.values()), tokenizer),
         callbacks=[metrics],
     )
     if trainer.pop_callback(ProgressCallback):
@@ -115,6 +117,7 @@ def _policy(
             tokenizer.pad_token_id or 0,
             settings.run.cache_dir,
             _loss_layer(settings, model),
+            _batch_form(settings, model, datasets, tokenizer),
         )
 
     needs_reference = not getattr(settings.objective.build(), "reference_free", False)
@@ -133,6 +136,30 @@ def _loss_layer(settings: Settings, model: PreTrainedModel) -> LossLayer:
         return LossLayer.of(model, run.loss_level, memory_budget=run.memory_budget, gradient_filter=run.gradient_filter)
     except ValueError as error:
         raise RunError(str(error)) from error
+
+
+def _batch_form(
+    settings: Settings,
+    model: PreTrainedModel,
+    datasets: list[PreferenceDataset],
+    tokenizer: PreTrainedTokenizerBase,
+) -> BatchForm:
+    """How the model computes the data, with shared prompts held against separate sequences on the first group."""
+    run = settings.run
+    model.to(settings.training.device)  # type: ignore[arg-type]
+    examples = [example for dataset in datasets for example in dataset.examples]
+    try:
+        form = BatchForm.of(
+            model,
+            run.shared_prompts,
+            run.max_tokens,
+            tokenizer.pad_token_id or 0,
+            examples,
+            _loss_layer(settings, model),
+        )
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    return form
 
 
 def _sample(name: str, datasets: dict[str, PreferenceDataset]) -> Subset:

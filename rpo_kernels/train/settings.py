@@ -102,6 +102,12 @@ class RunArguments:
         False, "Continue from the newest complete checkpoint in --output-dir, or start if there is none."
     )
     plot: bool = _setting(False, "Write the curves to curves.png in --output-dir.")
+    shared_prompts: Literal["auto", "on", "off"] = _setting(
+        "auto", "Compute each prompt once for all its responses, without padding; auto: where that is exact."
+    )
+    max_tokens: int | None = _setting(
+        None, "Tokens of a micro-batch, at most: splits a device's groups; a larger group is computed alone."
+    )
     loss_level: Literal["auto", "head", "logits"] = _setting(
         "auto", "Compute the loss from hidden states and the LM head, or from logits; auto: head where possible."
     )

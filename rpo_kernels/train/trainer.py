@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..objectives import RPO, Objective
-from .dataset import IGNORE_INDEX, GroupCollator, PreferenceDataset
+from .batches import BatchForm
+from .dataset import IGNORE_INDEX, PreferenceDataset
 from .loss_layer import LossLayer, preference_loss
-from .metrics import GroupTable
+from .metrics import GroupTable, Speed
 
 
 class NonFiniteError(RuntimeError):
@@ -37,6 +38,7 @@ class RPOTrainer(Trainer):
             is reference-free.
         processing_class: the tokenizer: saved beside the model, and its padding token pads the batches.
         loss_layer: from what the loss is computed; None: from hidden states and LM head where the model allows it.
+        batch_form: how groups become micro-batches; None: with shared prompts where they are exact, else padded.
         kwargs: passed on to `transformers.Trainer`.
 
     Raises:
@@ -52,6 +54,7 @@ class RPOTrainer(Trainer):
         eval_dataset: PreferenceDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         loss_layer: LossLayer | None = None,
+        batch_form: BatchForm | None = None,
         **kwargs: Any,
     ):
         if args.remove_unused_columns:
@@ -65,19 +68,23 @@ class RPOTrainer(Trainer):
         self.objective: Objective = objective
         self.loss_layer = loss_layer or LossLayer.of(model)
         pad = getattr(processing_class, "pad_token_id", None)
-        kwargs.setdefault("data_collator", GroupCollator(0 if pad is None else pad))
+        self.batch_form = batch_form or BatchForm.of(model, pad_token_id=0 if pad is None else pad)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            data_collator=self.batch_form,
             compute_metrics=_evaluation_summary,
             **kwargs,
         )
+        if self.is_deepspeed_enabled and self.batch_form.max_tokens is not None:
+            raise ValueError("max_tokens does not go with DeepSpeed, which counts the micro-batches of a step itself")
         # Tells every version of Trainer that `compute_loss` already divides by the accumulated number of items.
         self.model_accepts_loss_kwargs = True
         self._tables: list[GroupTable] = []  # of the groups trained on since the last log
+        self._speed = Speed()
         self._step: list[tuple[dict, Tensor]] = []  # the step's micro-batches and the losses of their groups
         self._has_trained = False
 
@@ -147,12 +154,32 @@ class RPOTrainer(Trainer):
         return min(max(total - start, 0), size)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Forward and backward of a micro-batch; after the last one of a step, check that all is finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        """Forward and backward of a batch; after the last one of a step, check that all is finite."""
+        with self._speed.of(inputs):
+            *others, last = self._micro_batches(inputs)
+            losses = []
+            for micro_batch in others:
+                with self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, micro_batch, num_items_in_batch))
+            loss = sum(losses, super().training_step(model, last, num_items_in_batch))
         if self.accelerator.sync_gradients:
             self._check_finite(model)
             self._step.clear()
         return loss
+
+    def _micro_batches(self, inputs: dict) -> list[dict]:
+        """The micro-batches of a batch, each with how many of its groups count, the first ones."""
+        counted = inputs.get("num_groups", math.inf)
+        micro_batches = inputs["micro_batches"]
+        if self.is_fsdp_enabled:
+            # FSDP's processes gather weights together: all need as many micro-batches, the last again for nothing.
+            most = max(gather_object([len(micro_batches)]))
+            micro_batches += [micro_batches[-1] | {"groups": []}] * (most - len(micro_batches))
+        return [part | {"num_groups": sum(group < counted for group in part["groups"])} for part in micro_batches]
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """Of a batch, as `transformers` estimates them from the number of tokens."""
+        return sum(super(RPOTrainer, self).floating_point_ops(part) for part in inputs["micro_batches"])
 
     def _check_finite(self, model: nn.Module) -> None:
         losses = torch.cat([losses for _, losses in self._step])
@@ -201,7 +228,7 @@ class RPOTrainer(Trainer):
         if model.training:
             self._step.append((inputs, losses.detach()))
             if self.args.logging_strategy != "no":
-                self._tables.append(GroupTable.of(output, inputs).first(count))
+                self._tables.append(GroupTable.of(output, inputs).take(slice(count)))
         return (loss, output) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> Any:
@@ -213,8 +240,13 @@ class RPOTrainer(Trainer):
     ) -> Any:
         """The batch's figures per group, for Trainer to gather over batches and processes."""
         inputs = self._prepare_inputs(inputs)
+        tables, groups = [], []
         with torch.no_grad(), self.compute_loss_context_manager():
-            table = GroupTable.of(preference_loss(model, inputs, self.objective, self.loss_layer), inputs)
+            for part in self._micro_batches(inputs):
+                table = GroupTable.of(preference_loss(model, part, self.objective, self.loss_layer), part)
+                tables.append(table.take(slice(part["num_groups"])))
+                groups += part["groups"]
+        table = GroupTable.join(tables).take(torch.tensor(groups).argsort()).to(self.args.device)
         return None, tuple(table), table.present
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -224,15 +256,22 @@ class RPOTrainer(Trainer):
             tables = gather_object([GroupTable.join(self._tables)] if self._tables else [])
             self._tables.clear()
             if tables:
-                logs = {**GroupTable.join(tables).summary(), **logs}
+                logs = {**GroupTable.join(tables).summary(), **self._speed.summary(self.accelerator), **logs}
         super().log(logs, start_time)
 
 
 def _prompts(batch: dict) -> list[list[int]]:
     """Token ids of each group's prompt."""
-    firsts = torch.tensor([0, *batch["group_sizes"][:-1]]).cumsum(0).tolist()
-    prompts = (batch["labels"] == IGNORE_INDEX) & (batch["attention_mask"] == 1)
-    return [batch["input_ids"][row][prompts[row]].tolist() for row in firsts]
+    firsts = torch.tensor([0, *batch["group_sizes"]]).cumsum(0).tolist()
+    if "cu_seqlens" not in batch:
+        prompts = (batch["labels"] == IGNORE_INDEX) & (batch["attention_mask"] == 1)
+        return [batch["input_ids"][row][prompts[row]].tolist() for row in firsts[:-1]]
+    ids, cu_seqlens = batch["input_ids"][0].tolist(), batch["cu_seqlens"].tolist()
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    rows = batch["label_rows"].tolist()
+    # The prompt's last token predicts the first label of its responses.
+    lasts = [min(rows[cu_seqlens[a] : cu_seqlens[b]], default=start) for a, b, start in zip(firsts, firsts[1:], starts)]
+    return [ids[start : last + 1] for start, last in zip(starts, lasts)]
 
 
 def _evaluation_summary(prediction: EvalPrediction) -> dict[str, float]:
