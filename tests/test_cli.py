@@ -92,12 +92,10 @@ def test_demonstration_in_small(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory):
     """A directory with a tiny model and its tokenizer."""
-    from rpo_kernels.train.demo import tokenizer
-    from training import tiny_model
+    from training import write_model
 
     path = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(path)
-    tokenizer().save_pretrained(path)
+    write_model(path)
     return path
 
 
@@ -121,25 +119,6 @@ def config(saved_model, tmp_path):
         "use_cpu: true\nsave_steps: 2\nlr_scheduler_type: constant\n"
     )
     return path
-
-
-def history(path, key="loss"):
-    return [entry[key] for entry in json.loads((path / "metrics.json").read_text())["history"] if key in entry]
-
-
-def test_own_model_and_data_interrupted_and_resumed(config, tmp_path, capsys):
-    assert main(["train", str(config), "--resume"]) == 0
-    assert "out holds no checkpoint (--save-steps): starting from the beginning" in capsys.readouterr().out
-    whole = history(tmp_path / "out")
-    assert len(whole) == 4
-    # A run stopped after two steps, then resumed: save_steps made a checkpoint there.
-    stopped = ["train", str(config), "--output-dir", "again"]
-    assert main([*stopped, "--max-steps", "2"]) == 0
-    capsys.readouterr()
-    assert main(stopped) == 1
-    assert "again holds checkpoints of an earlier run: continue it with --resume" in capsys.readouterr().err
-    assert main([*stopped, "--resume"]) == 0
-    assert history(tmp_path / "again") == whole
 
 
 def test_lora_with_another_reference(config, saved_model, tmp_path):

@@ -48,7 +48,7 @@ def test_short_prompt_is_kept_whole_and_long_responses_cut_from_the_right():
 @pytest.mark.parametrize("max_length", [2, 3, 7, 16, 64])
 def test_max_length_holds_and_cut_tokens_are_counted(max_length):
     whole, cut = dataset(8, max_length=10**6), dataset(8, max_length=max_length)
-    for a, b in zip(whole.examples, cut.examples, strict=True):
+    for a, b in zip(list(whole), list(cut), strict=True):
         assert all(len(b.prompt) >= 1 and len(b.prompt) + len(r) <= max_length for r in b.responses)
         size = [len(e.prompt) + sum(map(len, e.responses)) for e in (a, b)]
         assert b.dropped_tokens == size[0] - size[1]
@@ -82,10 +82,10 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
 
 def test_collator_pads_and_labels_responses_only():
     data = with_reference(dataset(3, sizes=(2, 3)))
-    batch = GroupCollator(pad_token_id=0)(data.examples)
+    batch = GroupCollator(pad_token_id=0)(list(data))
     assert batch["group_sizes"] == [2, 3, 2] and batch["input_ids"].shape[0] == 7
     row = 0
-    for example in data.examples:
+    for example in data:
         for response, reward, ref in zip(example.responses, example.rewards, example.ref_logps, strict=True):
             n, m = len(example.prompt), len(response)
             padding = batch["input_ids"].shape[1] - n - m
@@ -100,4 +100,4 @@ def test_collator_pads_and_labels_responses_only():
 
 
 def test_collator_without_reference():
-    assert "ref_logps" not in GroupCollator(0)(dataset(2).examples)
+    assert "ref_logps" not in GroupCollator(0)(list(dataset(2)))

@@ -37,14 +37,14 @@ def forward_passes(monkeypatch):
 def test_values_and_cache(tmp_path, forward_passes):
     model, train, held_out = tiny_model(), dataset(5, sizes=(2, 3)), dataset(3, seed=1)
     assert attach([train, held_out], model, tmp_path) == 8
-    for example in train.examples + held_out.examples:
+    for example in list(train) + list(held_out):
         torch.testing.assert_close(
             torch.tensor(example.ref_logps).double(), direct(model, example), rtol=1e-5, atol=1e-4
         )
     passes = len(forward_passes)
     again = dataset(5, sizes=(2, 3))
     assert attach([again], model, tmp_path) == 0 and len(forward_passes) == passes
-    assert [e.ref_logps for e in again.examples] == [e.ref_logps for e in train.examples]
+    assert [e.ref_logps for e in list(again)] == [e.ref_logps for e in list(train)]
 
 
 def test_an_interrupted_pass_continues_where_it_stopped(tmp_path, monkeypatch, forward_passes):
@@ -67,9 +67,7 @@ def test_an_interrupted_pass_continues_where_it_stopped(tmp_path, monkeypatch, f
     assert attach([data], model, tmp_path) == 3
     assert len(forward_passes) == 2
     assert attach([dataset(6)], model, tmp_path) == 0
-    torch.testing.assert_close(
-        torch.tensor(data.examples[3].ref_logps).double(), direct(model, data.examples[3]), rtol=1e-5, atol=1e-4
-    )
+    torch.testing.assert_close(torch.tensor(data[3].ref_logps).double(), direct(model, data[3]), rtol=1e-5, atol=1e-4)
 
 
 def test_only_what_is_new_is_computed(tmp_path):
@@ -98,10 +96,10 @@ def test_adapter_is_off(tmp_path):
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.5)
-    ids = pad_sequence([torch.tensor(e.prompt) for e in data.examples], batch_first=True)
+    ids = pad_sequence([torch.tensor(e.prompt) for e in data], batch_first=True)
     assert not torch.allclose(adapted(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-2)
     assert attach([data], adapted, tmp_path) == 3
-    for example in data.examples:
+    for example in data:
         torch.testing.assert_close(
             torch.tensor(example.ref_logps).double(), direct(plain, example), rtol=1e-5, atol=1e-4
         )
@@ -116,4 +114,4 @@ def test_model_is_left_as_it_was(tmp_path):
     attach([first], model, tmp_path)
     attach_reference_logps([second], model, arguments(tmp_path), cache_dir=tmp_path / "other")
     assert model.training
-    assert [e.ref_logps for e in first.examples] == [e.ref_logps for e in second.examples]
+    assert [e.ref_logps for e in list(first)] == [e.ref_logps for e in list(second)]

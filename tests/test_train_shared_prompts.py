@@ -81,7 +81,7 @@ def test_with_other_ways_of_training(kind):
         model.train()
         if kind == "compile":
             model.model.compile(backend="aot_eager", dynamic=True)
-        batch = form(data(4).examples)["micro_batches"][0]
+        batch = form(list(data(4)))["micro_batches"][0]
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
             loss = preference_loss(model, batch, RPO(beta=0.5), LossLayer("head")).loss
         loss.backward()
@@ -101,7 +101,7 @@ def warnings_of_transformers(caplog, monkeypatch):
 
 def test_a_model_that_is_not_exact_takes_the_padded_form(warnings_of_transformers):
     """Found on the first micro-batch of the run's own data: here the states depend on the place in a long row."""
-    model, examples = tiny_model(), data(3).examples
+    model, examples = tiny_model(), list(data(3))
     longest = len(examples[0].prompt) + max(map(len, examples[0].responses))
 
     def place_dependent(module, args):
@@ -120,7 +120,7 @@ def test_a_model_that_is_not_exact_takes_the_padded_form(warnings_of_transformer
 
 def test_no_group_is_lost_or_cut():
     """A group above the budget is a micro-batch of its own; every token of the others is within it."""
-    examples = data(20).examples
+    examples = list(data(20))
     examples[5].prompt = list(range(1, 100))
     for form in (BatchForm(True, 50), BatchForm(False, 120)):
         batch = form(examples)
@@ -138,7 +138,7 @@ def test_no_group_is_lost_or_cut():
 
 
 def test_groups_above_the_budget_are_named(warnings_of_transformers):
-    examples = data(4).examples
+    examples = list(data(4))
     examples[2].prompt = list(range(1, 100))
     BatchForm.of(tiny_model(), max_tokens=90, examples=examples)
     assert "group 3 of 4" in warnings_of_transformers.text
@@ -164,7 +164,7 @@ def test_flags(tmp_path, capsys):
 
 
 def test_reference_log_probabilities_are_those_of_separate_sequences():
-    model, examples = tiny_model(), data(5).examples
+    model, examples = tiny_model(), list(data(5))
     batches = [form(examples)["micro_batches"][0] for form in (BatchForm(), BatchForm(shared=True))]
     for level in ("head", "logits"):
         expected, found = (response_logps(model, batch, LossLayer(level)) for batch in batches)

@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpo_kernels import DPO, RPO, SimPO
 from rpo_kernels.objectives import ranking_metrics
-from rpo_kernels.train import RPOTrainer, attach_reference_logps
+from rpo_kernels.train import Group, NonFiniteError, PreferenceDataset, RPOTrainer, attach_reference_logps
 from rpo_kernels.train.config import ModelArguments
 from rpo_kernels.train.demo import tokenizer
 from rpo_kernels.train.models import add_adapter
-from training import arguments, dataset, parameters, tiny_model, with_reference
+from training import arguments, dataset, groups, parameters, tiny_model, with_reference
 
 
 def trainer(model, data, tmp_path, objective=RPO(beta=0.5), eval_data=None, **changes):
@@ -24,7 +24,7 @@ def trainer(model, data, tmp_path, objective=RPO(beta=0.5), eval_data=None, **ch
 def direct_groups(model, data, objective):
     """Per group: loss, implicit rewards, rewards, log-probabilities; one response at a time, in plain torch."""
     rows = []
-    for example in data.examples:
+    for example in data:
         logps = []
         for response in example.responses:
             ids = torch.tensor([example.prompt + response])
@@ -69,7 +69,7 @@ def test_evaluation_equals_direct_computation(tmp_path, objective, sizes):
     assert metrics["eval_margin"] == pytest.approx(sum(margins) / 5, rel=1e-3, abs=1e-5)
     assert metrics["eval_logp_best"] == pytest.approx(sum(best) / 5, rel=1e-4)
     assert metrics["eval_logp_worst"] == pytest.approx(sum(worst) / 5, rel=1e-4)
-    assert metrics["eval_scored_tokens"] == sum(len(r) for e in data.examples for r in e.responses)
+    assert metrics["eval_scored_tokens"] == sum(len(r) for e in data for r in e.responses)
     assert metrics["eval_dropped_tokens"] == 0
 
 
@@ -88,8 +88,8 @@ def test_one_step_is_the_direct_gradient_and_logs_the_direct_loss(tmp_path):
     torch.testing.assert_close(parameters(model), parameters(expected), rtol=1e-4, atol=1e-6)
     (log,) = [entry for entry in run.state.log_history if "loss" in entry]
     assert log["loss"] == pytest.approx(loss, rel=1e-4)
-    assert log["scored_tokens"] == sum(len(r) for e in data.examples for r in e.responses)
-    assert log["dropped_tokens"] == sum(e.dropped_tokens for e in data.examples) > 0
+    assert log["scored_tokens"] == sum(len(r) for e in data for r in e.responses)
+    assert log["dropped_tokens"] == sum(e.dropped_tokens for e in data) > 0
     assert 0 <= log["accuracy"] <= 1 and log["logp_best"] < 0
 
 
@@ -190,6 +190,19 @@ def test_missing_reference_is_named(tmp_path):
     for act in (run.train, lambda: run.evaluate(dataset(2))):
         with pytest.raises(ValueError, match=r"groups have no reference log-probabilities.*attach_reference_logps"):
             act()
+
+
+def test_the_group_with_a_loss_that_is_not_finite_is_named(tmp_path):
+    """A squared distance to 1e30 leaves float32; the other groups of the step are not suspects."""
+    chosen = groups(4)
+    chosen[2] = Group("the odd one", ["a", "b"], [1e30, 0.0])
+    data = with_reference(PreferenceDataset(chosen, tokenizer(), 64))
+    model = tiny_model()
+    start = parameters(model)
+    run = trainer(model, data, tmp_path, RPO("sq"), gradient_accumulation_steps=2)
+    with pytest.raises(NonFiniteError, match=r"step 1 has loss inf .*with the prompts\n  'the odd one'\nThe weights"):
+        run.train()
+    assert torch.equal(parameters(model), start)
 
 
 def test_dropped_columns_are_refused(tmp_path):

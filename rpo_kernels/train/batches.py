@@ -1,7 +1,8 @@
 """From the groups of a device's batch to micro-batches: prompts shared or sequences padded, within a token budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from transformers.utils import logging
 
 from ..shared_prompts import SharedPromptCollator, check_shared_prompts, pack_by_tokens
 from ..shared_prompts.tree import tree_size
-from .dataset import Example, GroupCollator
+from .collator import GroupCollator
+from .dataset import Example
 from .loss_layer import LossLayer, response_logps
 
 logger = logging.get_logger(__name__)
@@ -44,7 +46,8 @@ class BatchForm:
         shared_prompts: str = "auto",
         max_tokens: int | None = None,
         pad_token_id: int = 0,
-        examples: Sequence[Example] = (),
+        examples: Iterable[Example] = (),
+        longest: int | None = None,
         loss_layer: LossLayer | None = None,
     ) -> "BatchForm":
         """The form for a model: with `"auto"`, shared prompts where they are exact, and otherwise a line that says why.
@@ -52,7 +55,8 @@ class BatchForm:
         Args:
             model: on its device, not yet wrapped for several.
             shared_prompts: `"auto"`, `"on"` or `"off"`.
-            examples: the run's data; the first micro-batch of it is computed both ways and compared.
+            examples: the training data, iterated over more than once; the first micro-batch of it is computed both ways and compared.
+            longest: tokens of the longest sequence of the data, where that is known.
             loss_layer: how the comparison computes log-probabilities.
 
         Raises:
@@ -62,7 +66,9 @@ class BatchForm:
             raise ValueError(f"shared_prompts must be 'auto', 'on' or 'off', got {shared_prompts!r}")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        form = cls._exact(model, shared_prompts, cls(False, max_tokens, pad_token_id), examples, loss_layer)
+        longest = longest or max(map(_longest, examples), default=None)
+        first = list(islice(examples, 1))
+        form = cls._exact(model, shared_prompts, cls(False, max_tokens, pad_token_id), first, longest, loss_layer)
         form._name_larger(examples)
         return form
 
@@ -72,16 +78,17 @@ class BatchForm:
         model: nn.Module,
         shared_prompts: str,
         padded: "BatchForm",
-        examples: Sequence[Example],
+        first: Sequence[Example],
+        longest: int | None,
         loss_layer: LossLayer | None,
     ) -> "BatchForm":
         if shared_prompts == "off":
             return padded
         try:
-            check_shared_prompts(model, max(map(_longest, examples), default=None))
+            check_shared_prompts(model, longest)
             shared = replace(padded, shared=True)
-            if examples:
-                shared._compare(padded, model, examples[:1], loss_layer or LossLayer.of(model))
+            if first:
+                shared._compare(padded, model, first, loss_layer or LossLayer.of(model))
         except ValueError as error:
             if shared_prompts == "on":
                 raise
@@ -89,7 +96,7 @@ class BatchForm:
             return padded
         return shared
 
-    def _name_larger(self, examples: Sequence[Example]) -> None:
+    def _name_larger(self, examples: Iterable[Example]) -> None:
         """Say which groups are micro-batches of their own for being above `max_tokens`."""
         if self.max_tokens is None:
             return
@@ -97,7 +104,7 @@ class BatchForm:
         larger = [group for group, size in enumerate(sizes) if size > self.max_tokens]
         for group in larger[:3]:
             logger.warning(
-                f"group {group + 1} of {len(examples)} takes {sizes[group]} tokens, more than max_tokens="
+                f"group {group + 1} of {len(sizes)} takes {sizes[group]} tokens, more than max_tokens="
                 f"{self.max_tokens}: it is a micro-batch of its own"
             )
         if len(larger) > 3:

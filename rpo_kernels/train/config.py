@@ -33,6 +33,7 @@ class RPOArguments(TrainingDefaults, TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be False: the loss needs columns the model does not."}
     )
+    do_train: bool = field(default=True, metadata={"help": "Must be True: training is all that the command does."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must be False: a run stops at the first loss that is not finite."}
     )

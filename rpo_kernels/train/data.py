@@ -6,9 +6,11 @@
 
 P and R are strings or chat messages, `[{"role": ..., "content": ...}, ...]`. A chosen or rejected conversation may hold
 the prompt's messages too, and then "prompt" may be left out. Pairs without rewards get 1 and 0; completions without
-rewards get minus their rank (rank 0 is the best).
+rewards get minus their rank (rank 0 is the best). Messages may hold "tool_calls" in place of content, and a record the
+"tools" they call: both go to the chat template as they are. Files may be gzipped.
 """
 
+import gzip
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 Text = str | Messages
 
 PAIR_REWARD_KEYS = (
@@ -27,6 +29,7 @@ PAIR_REWARD_KEYS = (
     ("chosen_rating", "rejected_rating"),
 )
 MAX_ERRORS_SHOWN = 20
+LARGEST_REWARD = 3.4028234e38  # float32
 
 
 class DataError(ValueError):
@@ -41,6 +44,7 @@ class Group:
     responses: list[Text]
     rewards: list[float]
     source: str = ""
+    tools: list[dict] | None = None
 
 
 def read_groups(path: str | Path, limit: int | None = None) -> list[Group]:
@@ -50,33 +54,50 @@ def read_groups(path: str | Path, limit: int | None = None) -> list[Group]:
         FileNotFoundError: if there is nothing at `path`.
         DataError: listing every line that does not fit (the first 20 of them in full).
     """
+    return list(iter_groups(path, limit))
+
+
+def iter_groups(path: str | Path, limit: int | None = None) -> Iterator[Group]:
+    """`read_groups` one by one; the bad lines are known, and raised, once all is read."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no preference data at {path}")
-    groups: list[Group] = []
-    errors: list[str] = []
-    for source, record in _rows(path) if path.is_dir() else _lines(path):
-        if limit is not None and len(groups) + len(errors) == limit:
+    count, errors = 0, []
+    for source, raw in _rows(path) if path.is_dir() else _lines(path):
+        if limit is not None and count == limit:
             break
+        count += 1
         try:
-            prompt, responses, rewards = parse_record(record)
-            groups.append(Group(prompt, responses, rewards, source))
+            record = _record(raw)
+            group = Group(*parse_record(record), source, _tools(record))
         except ValueError as error:
             errors.append(f"{source}: {error}")
+        else:
+            if not errors:
+                yield group
     if errors:
         shown = errors[:MAX_ERRORS_SHOWN]
         more = [f"... and {len(errors) - len(shown)} more"] if len(errors) > len(shown) else []
         lines = "line" if len(errors) == 1 else "lines"
         raise DataError("\n  ".join([f"{len(errors)} bad {lines} of preference data:", *shown, *more]))
-    if not groups:
+    if not count:
         raise DataError(f"{path}: holds no groups")
-    return groups
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The lines of a file, which may be gzipped, without the blank ones at its end."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            yield f"{path}:{number}", line
+        zipped = file.read(2) == b"\x1f\x8b"
+    blank: list[tuple[str, bytes]] = []
+    try:
+        with gzip.open(path) if zipped else open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                blank.append((f"{path}:{number}", line))
+                if line.strip():
+                    yield from blank
+                    blank.clear()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path}: not a whole gzip file: {error}") from error
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -99,22 +120,41 @@ def parse_record(record: str | bytes | dict) -> tuple[Text, list[Text], list[flo
     Raises:
         ValueError: saying what is wrong with it.
     """
-    if isinstance(record, str | bytes):
-        if not record.strip():
-            raise ValueError("empty line")
-        try:
-            record = json.loads(record)
-        except ValueError as error:  # of the JSON or of its encoding
-            raise ValueError(f"not valid JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {_kind(record)}")
-    # A `datasets` directory holds None where a row lacks a column.
-    record = {key: value for key, value in record.items() if value is not None}
+    record = _record(record)
     for keys, parse in FORMS:
         if all(key in record for key in keys):
             return _alike(*_checked(*parse(record)))
     forms = " or ".join(str(list(keys)) for keys, _ in FORMS)
     raise ValueError(f"keys {sorted(record)} fit no known form: expected {forms}")
+
+
+def _record(record: str | bytes | dict) -> dict:
+    if isinstance(record, str | bytes):
+        if not record.strip():
+            raise ValueError("empty line")
+        try:
+            record = json.loads(record)
+        except (ValueError, RecursionError) as error:  # of the JSON or of its encoding
+            raise ValueError(f"not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {_kind(record)}")
+    # A `datasets` directory holds None where a row lacks a column.
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _tools(record: dict) -> list[dict] | None:
+    """The tools that a conversation may call: a list of JSON schemas, or that list as a string (TRL's form)."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"tools is a string that is not valid JSON: {error}") from None
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"tools must be a list of objects, got {_kind(tools)}")
+    return tools
 
 
 def _parse_responses(record: dict) -> tuple[Text, list[Text], list[float]]:
@@ -178,15 +218,32 @@ def as_messages(text: Text, role: str) -> Messages:
 
 
 def _text(value: Any, name: str) -> Text:
-    """A string, or messages reduced to role and content."""
+    """A string, or messages: what they hold beside role and content is for the chat template."""
     if isinstance(value, str):
-        return value
+        return _encodable(value, name)
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} must be a string or a list of messages, got {_kind(value)}")
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"{name} must hold messages with a 'role' and a 'content' string, got {message!r}"[:300])
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return [_message(message, name) for message in value]
+
+
+def _message(message: Any, name: str) -> dict[str, Any]:
+    message = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
+    if message.get("tool_calls"):
+        message.setdefault("content", "")
+    else:
+        message.pop("tool_calls", None)
+    if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        raise ValueError(f"{name} must hold messages with a 'role' and a 'content' string, got {message!r}"[:300])
+    _encodable(message["content"], name)
+    return message
+
+
+def _encodable(text: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds {text[error.start]!r}, half of a character (a lone surrogate)") from None
+    return text
 
 
 def _response(prompt: Text, value: Any, name: str) -> Text:
@@ -236,8 +293,8 @@ def _number(value: Any, name: str) -> float:
         number = float(value)
     except OverflowError:  # an integer of hundreds of digits
         number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {str(value)[:20]}")
+    if not abs(number) <= LARGEST_REWARD:
+        raise ValueError(f"{name} must be finite in float32, got {str(value)[:20]}")
     return number
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import RPOOutput
 from ..objectives import ranking_metrics
-from .dataset import IGNORE_INDEX
+from .collator import IGNORE_INDEX
 
 
 class GroupTable(NamedTuple):
@@ -71,7 +71,8 @@ class GroupTable(NamedTuple):
 
     def summary(self) -> dict[str, float]:
         """Loss, accuracy and margin (`objectives.ranking_metrics`), mean log-probability of the best and of the
-        worst response by reward (in nats, over the whole response), tokens scored and cut off.
+        worst response by reward (in nats, over the whole response), drift (mean absolute implicit reward: how far the
+        policy is from its reference), tokens scored and cut off.
         """
         present = self.present == 1
         accuracy, margin = ranking_metrics(self.implicit_rewards, self.rewards, present)
@@ -83,6 +84,7 @@ class GroupTable(NamedTuple):
             "margin": margin.item(),
             "logp_best": self.logps.gather(-1, best).mean().item(),
             "logp_worst": self.logps.gather(-1, worst).mean().item(),
+            "drift": self.implicit_rewards[present].abs().mean().item(),
             "scored_tokens": int(self.scored_tokens[present].sum()),
             "dropped_tokens": int(self.dropped_tokens.sum()),
         }

@@ -7,29 +7,27 @@ tokens; so changed data or lengths cost only what is new, and an interrupted run
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from ..kernels import dispatch
 from .batches import BatchForm, response_logps_by_group
-from .dataset import Example, PreferenceDataset
+from .dataset import Example, PreferenceDataset, default_cache_dir
+from .errors import NonFiniteError
 from .loss_layer import LossLayer
 from .models import base_model
 
 LogpsByKey = dict[str, list[float]]
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "use_cache")
-
-
-def default_cache_dir() -> Path:
-    """Where reference log-probabilities are kept unless told otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rpo_kernels" / "reference"
 
 
 def attach_reference_logps(
@@ -40,8 +38,9 @@ def attach_reference_logps(
     cache_dir: str | Path | None = None,
     loss_layer: LossLayer | None = None,
     batch_form: BatchForm | None = None,
+    with_adapter: bool = False,
 ) -> int:
-    """Give every example of the datasets its `ref_logps` under `model`, whose adapter (PEFT), if any, is switched off.
+    """Give every response of the datasets its log-probability under `model`.
 
     Call it before training where the policy is its own reference. With several processes each computes its share.
 
@@ -50,8 +49,9 @@ def attach_reference_logps(
         model: the reference; moved to `args.device`.
         args: device, mixed precision, `per_device_eval_batch_size` and processes.
         pad_token_id: pads the batches of the default `batch_form`.
-        cache_dir: default `default_cache_dir()`.
+        cache_dir: default `default_cache_dir() / "reference"`.
         loss_layer, batch_form: as for `RPOTrainer`.
+        with_adapter: whether the model's adapter (PEFT), if any, is part of the reference, or switched off.
 
     Returns:
         How many groups had to be computed, over all processes; the others were in the cache.
@@ -60,46 +60,66 @@ def attach_reference_logps(
     model.to(args.device)
     loss_layer = loss_layer or LossLayer.of(model)
     batch_form = batch_form or BatchForm.of(model, pad_token_id=pad_token_id)
-    key = _model_key(model, args, f"{loss_layer.level} {'shared' if batch_form.shared else 'padded'}")
-    path = Path(cache_dir or default_cache_dir()) / f"{key}.jsonl"
+    key = _model_key(model, args, f"{loss_layer.level} {'shared' if batch_form.shared else 'padded'}", with_adapter)
+    path = Path(cache_dir or default_cache_dir() / "reference") / f"{key}.jsonl"
     known: LogpsByKey = {}
     # One process reads for all: another might already see what a third has written, and share out the work otherwise.
     _exchange(known, _read(path) if args.process_index == 0 else {}, args.world_size)
     computed = 0
     for dataset in datasets:
-        todo = list({e.key: e for e in dataset.examples if e.key not in known}.values())
+        keys = dataset.keys()
+        sizes = [part.stop - part.start for part in map(dataset.responses, range(len(dataset)))]
+        todo = {key: index for index, key in enumerate(keys) if len(known.get(key, ())) != sizes[index]}
         computed += len(todo)
-        share = todo[args.process_index :: args.world_size]
-        _exchange(known, _compute(share, model, args, path, loss_layer, batch_form), args.world_size)
-        for example in dataset.examples:
-            example.ref_logps = known[example.key]
+        share = _Chosen(dataset, list(todo.items())[args.process_index :: args.world_size])
+        with contextlib.nullcontext() if with_adapter else _adapter_off(model):
+            new = _compute(share, model, args, path, loss_layer, batch_form)
+        _exchange(known, new, args.world_size)
+        dataset.ref_logps = np.array([logp for key in keys for logp in known[key]], np.float32)
     return computed
 
 
+class _Chosen(Dataset):
+    """Some groups of a dataset, each with its key."""
+
+    def __init__(self, dataset: PreferenceDataset, chosen: list[tuple[str, int]]):
+        self.dataset = dataset
+        self.chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> tuple[str, Example]:
+        key, place = self.chosen[index]
+        return key, self.dataset[place]
+
+
 def _compute(
-    examples: list[Example],
+    share: _Chosen,
     model: nn.Module,
     args: TrainingArguments,
     path: Path,
     loss_layer: LossLayer,
     batch_form: BatchForm,
 ) -> LogpsByKey:
-    """Log-probabilities of the examples, each written to the cache as soon as it is known."""
+    """Log-probabilities of the groups, each written to the cache as soon as it is known."""
     computed: LogpsByKey = {}
-    if not examples:
+    if not len(share):
         return computed
-    loader: DataLoader = DataLoader(
-        examples,  # type: ignore[arg-type]
-        args.per_device_eval_batch_size,
-        collate_fn=_Keyed(batch_form),
-    )
+
+    def collate(pairs: list[tuple[str, Example]]) -> tuple[list[str], dict]:
+        return [key for key, _ in pairs], batch_form([example for _, example in pairs])
+
+    loader: DataLoader = DataLoader(share, args.per_device_eval_batch_size, collate_fn=collate)
     quiet = args.disable_tqdm or args.process_index != 0
+    places = dict(share.chosen)
     training = model.training
     model.eval()
-    with _adapter_off(model), _autocast(args), _open_to_append(path) as file:
+    with _autocast(args), _open_to_append(path) as file:
         for keys, batch in tqdm(loader, desc="Reference log-probabilities", unit=" batches", disable=quiet):
             logps = response_logps_by_group(model, batch, loss_layer)
             for key, values in zip(keys, logps, strict=True):
+                _check_finite(values, share.dataset, places[key])
                 computed[key] = values.tolist()
                 # One write a line, so that processes may share the file.
                 os.write(file, (json.dumps({"key": key, "logps": computed[key]}) + "\n").encode())
@@ -107,24 +127,30 @@ def _compute(
     return computed
 
 
-class _Keyed:
-    """Collates, and passes the examples' keys along."""
-
-    def __init__(self, collator: BatchForm):
-        self.collator = collator
-
-    def __call__(self, examples: list[Example]) -> tuple[list[str], dict]:
-        return [example.key for example in examples], self.collator(examples)
+def _check_finite(logps: torch.Tensor, dataset: PreferenceDataset, index: int) -> None:
+    if not logps.isfinite().all():
+        raise NonFiniteError(
+            f"the reference gives group {index + 1} the log-probabilities {logps.tolist()}: its weights, or their type "
+            f"(--dtype), are at fault; the prompt starts with the tokens {dataset[index].prompt[:20]}"
+        )
 
 
 def _read(path: Path) -> LogpsByKey:
+    """What the cache holds. What does not read as its lines do, as after an interruption, is computed again."""
     known: LogpsByKey = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            # A line that an interruption cut short is computed again.
-            with contextlib.suppress(json.JSONDecodeError):
-                entry = json.loads(line)
-                known[entry["key"]] = entry["logps"]
+    broken = 0
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+            key, logps = entry["key"], [float(logp) for logp in entry["logps"]]
+            if not (isinstance(key, str) and all(map(math.isfinite, logps))):
+                raise ValueError
+        except (ValueError, TypeError, KeyError):
+            broken += 1
+        else:
+            known[key] = logps
+    if broken:
+        print(f"{path} holds {broken} broken lines: what they were for is computed again", flush=True)
     return known
 
 
@@ -157,20 +183,22 @@ def _adapter_off(model: nn.Module) -> contextlib.AbstractContextManager:
 
 def _autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
     """The mixed precision that training runs in, so that policy and reference round alike."""
-    if not (args.bf16 or args.fp16):
+    if not (args.bf16 or args.fp16) or (args.fp16 and args.device.type == "cpu"):  # where Trainer does nothing either
         return contextlib.nullcontext()
     return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
 
 
-def _model_key(model: nn.Module, args: TrainingArguments, way: str) -> str:
-    """Digest of the model's configuration and weights, its adapter's excepted, and of how it is computed."""
+def _model_key(model: nn.Module, args: TrainingArguments, way: str, with_adapter: bool) -> str:
+    """Digest of the model's configuration and weights, and of how it is computed."""
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "none"
     backend = dispatch.choose(torch.empty(0, device=args.device), None)
     digest = hashlib.sha256(f"{args.device.type} {precision} {torch.__version__} {backend} {way}".encode())
     base = base_model(model)
     config = {k: v for k, v in base.config.to_dict().items() if k not in VOLATILE_CONFIG}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    adapter = getattr(getattr(model, "base_model", None), "prefix", None)
+    adapter = None if with_adapter else getattr(getattr(model, "base_model", None), "prefix", None)
+    if with_adapter:
+        digest.update(repr({k: v.to_dict() for k, v in getattr(model, "peft_config", {}).items()}).encode())
     seen = set()
     for name, tensor in base.state_dict().items():
         # Tied weights count once; PEFT renames what it wraps.

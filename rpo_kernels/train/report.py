@@ -36,12 +36,21 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, settings: dict):
         self.path = path
-        self.content: dict[str, Any] = {"settings": settings, "before": {}, "after": {}, "history": []}
+        self.content: dict[str, Any] = {
+            "settings": settings,
+            "finished": False,
+            "stopped": None,
+            "before": {},
+            "after": {},
+            "history": [],
+        }
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the history so far."""
+        """Write the history so far; what was logged at step 0 is the evaluation before training."""
+        history = state.log_history
+        self.content["before"] = {k: v for entry in history if entry["step"] == 0 for k, v in entry.items()}
+        self.content["history"] = [entry for entry in history if entry["step"] > 0]
         if state.is_world_process_zero:
-            self.content["history"] = state.log_history
             self.write()
 
     def write(self) -> None:
@@ -78,7 +87,7 @@ class ProgressBar(ProgressCallback):
 def print_table(before: dict, after: dict, counts: dict[str, int], files: Iterable[tuple[str, Path]]) -> None:
     """Metrics before and after training, and where everything is."""
     table = Table(title="RPO training", title_justify="left")
-    table.add_column()
+    table.add_column(overflow="fold")
     for name in ("before", "after"):
         table.add_column(name, justify="right")
     rows = (("loss", "loss"), ("reward accuracy", "accuracy"), ("implicit-reward margin", "margin"))
@@ -127,9 +136,8 @@ def _draw(axes: Any, content: dict, metric: str, prefix: str, label: str, **styl
     """One line; the first point of a held-out line is the evaluation before training."""
     key = f"{prefix}_{metric}" if prefix else metric
     points = [(0, content["before"][key])] if prefix and key in content["before"] else []
-    last = max((entry["step"] for entry in content["history"]), default=0)
-    points += [(entry["step"], entry[key]) for entry in content["history"] if entry.get(key) is not None]
-    if prefix and key in content["after"]:
-        points = [point for point in points if point[0] < last] + [(last, content["after"][key])]
+    points += [(entry["step"], entry[key]) for entry in content["history"] if key in entry]
     if points:
-        axes.plot(*zip(*points, strict=True), label=label, **style)
+        # A value that is not finite leaves a gap.
+        steps, values = zip(*((step, math.nan if value is None else value) for step, value in points), strict=True)
+        axes.plot(steps, values, label=label, **style)

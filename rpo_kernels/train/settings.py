@@ -36,6 +36,12 @@ class ModelArguments:
     lora_targets: list[str] = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "Names of the modules that LoRA adapts."}
     )
+    adapter: Literal["continue", "merge"] | None = _setting(
+        None, "Where --model is a LoRA adapter: train it further, or fold it into its base model first."
+    )
+    disable_dropout: bool = _setting(
+        True, "Switch the model's dropout off in training, so that policy and reference compute the same."
+    )
 
 
 @dataclass
@@ -47,7 +53,11 @@ class DataArguments:
         None, "Training data: a JSONL file, gzipped or not, or a directory written by datasets."
     )
     eval_data: str | None = _setting(None, "Held-out data, for evaluation before, during and after training.")
-    max_length: int = _setting(1024, "Tokens of prompt and response together, at most; what is over is cut.")
+    max_length: int | None = _setting(
+        None,
+        "Tokens of prompt and response together, at most; what is over is cut. "
+        "Default: 1024, or the model's positions if fewer.",
+    )
     max_train_groups: int | None = _setting(None, "Use only the first groups of the training data.")
     max_eval_groups: int | None = _setting(None, "Use only the first groups of the held-out data.")
 
@@ -101,6 +111,8 @@ class RunArguments:
     resume: bool = _setting(
         False, "Continue from the newest complete checkpoint in --output-dir, or start if there is none."
     )
+    extend: bool = _setting(False, "With --resume: let --max-steps and --num-train-epochs differ from the run's.")
+    overwrite: bool = _setting(False, "Remove an earlier run from --output-dir and start from the beginning.")
     plot: bool = _setting(False, "Write the curves to curves.png in --output-dir.")
     shared_prompts: Literal["auto", "on", "off"] = _setting(
         "auto", "Compute each prompt once for all its responses, without padding; auto: where that is exact."

@@ -1,25 +1,30 @@
 """`transformers.Trainer` with the RPO loss."""
 
 import math
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 
 from ..objectives import RPO, Objective
+from . import checkpoints
 from .batches import BatchForm
-from .dataset import IGNORE_INDEX, PreferenceDataset
+from .collator import IGNORE_INDEX
+from .dataset import PreferenceDataset
+from .errors import NonFiniteError, RunError
 from .loss_layer import LossLayer, preference_loss
 from .metrics import GroupTable, Speed
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not finite: names the step, the prompts of its batch and what to try."""
 
 
 class RPOTrainer(Trainer):
@@ -38,6 +43,7 @@ class RPOTrainer(Trainer):
             is reference-free.
         processing_class: the tokenizer: saved beside the model, and its padding token pads the batches.
         loss_layer: from what the loss is computed; None: from hidden states and LM head where the model allows it.
+        identity: recorded with each checkpoint; see `identity.run_identity`.
         batch_form: how groups become micro-batches; None: with shared prompts where they are exact, else padded.
         kwargs: passed on to `transformers.Trainer`.
 
@@ -55,6 +61,7 @@ class RPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         loss_layer: LossLayer | None = None,
         batch_form: BatchForm | None = None,
+        identity: dict | None = None,
         **kwargs: Any,
     ):
         if args.remove_unused_columns:
@@ -67,6 +74,7 @@ class RPOTrainer(Trainer):
             args._n_gpu = 1
         self.objective: Objective = objective
         self.loss_layer = loss_layer or LossLayer.of(model)
+        self.identity = identity or {}
         pad = getattr(processing_class, "pad_token_id", None)
         self.batch_form = batch_form or BatchForm.of(model, pad_token_id=0 if pad is None else pad)
         super().__init__(
@@ -87,6 +95,7 @@ class RPOTrainer(Trainer):
         self._speed = Speed()
         self._step: list[tuple[dict, Tensor]] = []  # the step's micro-batches and the losses of their groups
         self._has_trained = False
+        self._aside: Path | None = None  # where a checkpoint is being written
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as `transformers.Trainer.train` does."""
@@ -120,10 +129,9 @@ class RPOTrainer(Trainer):
     def _check_reference(self, dataset: Any) -> None:
         if getattr(self.objective, "reference_free", False) or not isinstance(dataset, PreferenceDataset):
             return
-        missing = sum(example.ref_logps is None for example in dataset.examples)
-        if missing:
+        if dataset.ref_logps is None:
             raise ValueError(
-                f"{missing} of {len(dataset)} groups have no reference log-probabilities, which the objective needs: "
+                f"{len(dataset)} groups have no reference log-probabilities, which the objective needs: "
                 "call attach_reference_logps on the dataset before training"
             )
 
@@ -248,6 +256,63 @@ class RPOTrainer(Trainer):
                 groups += part["groups"]
         table = GroupTable.join(tables).take(torch.tensor(groups).argsort()).to(self.args.device)
         return None, tuple(table), table.present
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _push_from_checkpoint(self, folder: str) -> None:
+        if self._aside is None:  # else it is pushed from its place
+            super()._push_from_checkpoint(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside and rename it, so that an interruption leaves all of it or nothing."""
+        output = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        self._aside = output / checkpoints.ASIDE
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._publish(self._aside / name, output / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(self._aside, ignore_errors=True)
+            reason = str(error).splitlines()[0]
+            raise RunError(f"cannot write {output / name}; checkpoints before it are intact. {reason}") from error
+        finally:
+            self._aside = None
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output / name))
+        if self.args.should_save:
+            rotate_checkpoints(str(output), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _publish(self, folder: Path, place: Path) -> None:
+        if self.state.best_model_checkpoint == str(folder):
+            self.state.best_model_checkpoint = str(place)
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        checkpoints.seal(folder, self.identity)
+        checkpoints.publish(folder, place)
+
+    def save_whole(self) -> None:
+        """Save the model and tokenizer to `output_dir` by way of a folder aside.
+
+        Raises:
+            RunError: if they cannot be written.
+        """
+        output = Path(str(self.args.output_dir))
+        aside = output / checkpoints.ASIDE / "model"
+        try:
+            self.save_model(str(aside), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                for file in sorted(aside.iterdir()):
+                    os.replace(file, output / file.name)
+                shutil.rmtree(aside.parent)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise RunError(f"cannot write the model to {output}: {str(error).splitlines()[0]}") from error
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the summary of the groups trained on since the last log."""

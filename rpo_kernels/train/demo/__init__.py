@@ -18,6 +18,7 @@ FLAGS = [
     *("--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "16", "--num_train_epochs", "4"),
     *("--learning_rate", "2e-3", "--lr_scheduler_type", "cosine", "--warmup_steps", "8"),
     *("--eval_strategy", "epoch", "--save_strategy", "no", "--plot", "true"),
+    *("--overwrite", "true"),
 ]
 
 
@@ -33,7 +34,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def model() -> LlamaForCausalLM:
     """A Llama of 0.25 million parameters with random weights (from torch's current seed)."""
-    config = LlamaConfig(
+    return LlamaForCausalLM(config())
+
+
+def config() -> LlamaConfig:
+    """The model's configuration."""
+    return LlamaConfig(
         vocab_size=len(SPECIAL) + 256,
         hidden_size=96,
         intermediate_size=256,
@@ -46,4 +52,3 @@ def model() -> LlamaForCausalLM:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return LlamaForCausalLM(config)
