@@ -55,7 +55,7 @@ class BatchForm:
         Args:
             model: on its device, not yet wrapped for several.
             shared_prompts: `"auto"`, `"on"` or `"off"`.
-            examples: the training data, iterated over more than once; the first micro-batch of it is computed both ways and compared.
+            examples: the training data, iterated over more than once; its first group is computed both ways, compared.
             longest: tokens of the longest sequence of the data, where that is known.
             loss_layer: how the comparison computes log-probabilities.
 
