@@ -7,6 +7,7 @@ from .kernels.dispatch import backend_info
 from .logprobs import token_logprobs
 from .losses import linear_rpo_loss, rpo_loss
 from .objectives import CDPO, DPO, IPO, RPO, DistilledDPO, SimPO
+from .outputs import TokenOutputs
 from .preference import RPOOutput, preference_loss, score_loss
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ModelHead",
     "RPOOutput",
     "SimPO",
+    "TokenOutputs",
     "backend_info",
     "find_head",
     "linear_rpo_loss",

@@ -9,7 +9,8 @@ from torch import Tensor
 from ._checks import checks_values
 from ._registration import TOKEN_OPTIONS, register, register_overwriting, saves_without_hooks
 from .kernels import dispatch
-from .kernels.interface import RowStats, TokenOptions
+from .kernels.interface import EntropyGrad, RowStats, TokenOptions
+from .outputs import Asked, pack, pack_empty
 from .shared_rows import check_rows, shared_token_logprobs
 
 
@@ -24,6 +25,7 @@ def token_logprobs(
     ignore_index: int = -100,
     shift: bool = False,
     inplace_backward: bool = False,
+    outputs: Sequence[str] = (),
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability of each label under `softmax(softcap * tanh(logit_scale * logits / softcap) / temperature)`.
@@ -39,13 +41,16 @@ def token_logprobs(
             `labels[..., t]`, and position 0 is not scored. Nothing is copied.
         inplace_backward: the gradient overwrites the logits' memory. Any other reader of the logits in backward then
             gets autograd's error about modified tensors. Rows must not share memory (`expand`).
+        outputs: names of what else to return, any of `"entropy"`, `"mean_logit"`, `"is_top1"`, `"log_sum_sq_probs"`
+            and `"dropped"` (0 here), from the same pass over the logits. Goes without `rows`.
         backend: `"triton"`, `"native"`, `"torch"`, or None for the fastest one on the logits' device.
 
     Returns:
         Natural log-probabilities of the labels' shape, float32 (float64 for float64 logits); 0 where not scored.
         Differentiable once in `logits`. Beyond 1e9 in size, a step of float32 outweighs a whole softmax: where all of
         a row's logits lie there and `logit_scale / temperature` is not a power of two, its gradients (with
-        `"native"` also its value) may be infinite or NaN.
+        `"native"` also its value) may be infinite or NaN. With `outputs`, a `TokenOutputs` that holds them as `logps`
+        beside what was asked for; its `entropy` is differentiable too.
 
     Raises:
         ValueError: for shapes, dtypes, devices or options that do not fit. Labels out of range raise on the CPU; on an
@@ -53,7 +58,10 @@ def token_logprobs(
     """
     options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
     options.check()
+    asked = Asked.check(outputs)
     if rows is not None:
+        if outputs:
+            raise ValueError(f"outputs go without rows, which shares a row among labels; got outputs={outputs!r}")
         check_rows("logits", logits, rows, labels, shift)
     _check(logits, labels if rows is None else labels.new_empty(logits.shape[:1]))
     if labels.ndim == 0:
@@ -69,10 +77,15 @@ def token_logprobs(
     # [..., T, V] and [..., T] as [B, T, V] and [B, T]; views wherever strides allow.
     batches = logits.flatten(0, -3) if labels.ndim > 1 else logits.unsqueeze(0)
     targets = labels.flatten(0, -2) if labels.ndim > 1 else labels.unsqueeze(0)
-    logps, _, _ = token_logprobs_op(
-        batches, targets, **options._asdict(), inplace_backward=inplace_backward, backend=backend
+    logps, _, _, entropy, others = token_logprobs_op(
+        *(batches, targets),
+        **options._asdict(),
+        inplace_backward=inplace_backward,
+        outputs=asked.statistics,
+        backend=backend,
     )
-    return logps.reshape(labels.shape)
+    logps = logps.reshape(labels.shape)
+    return asked.unpack(logps, entropy, others, None) if outputs else logps  # type: ignore[return-value]
 
 
 def check_label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
@@ -104,34 +117,70 @@ def _check(logits: Tensor, labels: Tensor) -> None:
 
 
 def _forward(
-    logits: Tensor, labels: Tensor, *, inplace_backward: bool, backend: str | None, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    stats = dispatch.rows(logits, backend).row_stats(logits, labels, TokenOptions(**options))
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    inplace_backward: bool,
+    outputs: Sequence[str],
+    backend: str | None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    kernels = dispatch.rows(logits, backend)
+    stats = kernels.row_stats(logits, labels, TokenOptions(**options), outputs=tuple(outputs))
     # A label out of range has the log-probability of a column that is not there.
     if checks_values(labels) and labels.numel() and not stats.logp.amin() > -torch.inf:
         check_label_range(labels, logits.shape[-1], options["ignore_index"])
-    return stats.logp, stats.max, stats.sumexp
+    return stats.logp, stats.max, stats.sumexp, *pack(stats, outputs, logits.shape[-1])
+
+
+def _fake_forward(logits: Tensor, labels: Tensor, *, outputs: Sequence[str], **_: Any) -> tuple[Tensor, ...]:
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    stats = [labels.new_empty(labels.shape, dtype=exact) for _ in range(3)]
+    return *stats, *pack_empty(stats[0], outputs)
 
 
 def _grad(
-    logits: Tensor, labels: Tensor, saved: Sequence[Tensor], grad_logps: Tensor, *, backend: str | None, **options: Any
+    logits: Tensor,
+    labels: Tensor,
+    saved: Sequence[Tensor],
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    *,
+    backend: str | None,
+    **options: Any,
 ) -> Tensor:
-    logps, top, sumexp = saved
-    stats = RowStats(logps, top, sumexp, logps)
-    return dispatch.rows(logits, backend).row_grad(logits, labels, stats, grad_logps, TokenOptions(**options))
+    return _row_grad(logits, labels, saved, grad_logps, grad_entropy, backend, TokenOptions(**options), None)
 
 
 def _grad_(
-    logits: Tensor, labels: Tensor, saved: Sequence[Tensor], grad_logps: Tensor, *, backend: str | None, **options: Any
+    logits: Tensor,
+    labels: Tensor,
+    saved: Sequence[Tensor],
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    *,
+    backend: str | None,
+    **options: Any,
 ) -> None:
-    logps, top, sumexp = saved
-    stats = RowStats(logps, top, sumexp, logps)
-    dispatch.rows(logits, backend).row_grad(logits, labels, stats, grad_logps, TokenOptions(**options), out=logits)
+    _row_grad(logits, labels, saved, grad_logps, grad_entropy, backend, TokenOptions(**options), logits)
 
 
-def _fake_forward(logits: Tensor, labels: Tensor, **_: Any) -> tuple[Tensor, ...]:
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    return tuple(labels.new_empty(labels.shape, dtype=exact) for _ in range(3))
+def _row_grad(
+    logits: Tensor,
+    labels: Tensor,
+    saved: Sequence[Tensor],
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    backend: str | None,
+    options: TokenOptions,
+    out: Tensor | None,
+) -> Tensor:
+    logps, top, sumexp, entropy = saved
+    return dispatch.rows(logits, backend).row_grad(
+        *(logits, labels, RowStats(logps, top, sumexp, label_logit=logps), grad_logps, options),
+        out=out,
+        entropy=None if grad_entropy is None else EntropyGrad(entropy, grad_entropy),
+    )
 
 
 def _fake_grad(logits: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -139,28 +188,36 @@ def _fake_grad(logits: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: tuple) -> None:
+    logps, top, sumexp, entropy, others = output
     ctx.options = dict(keyword_only_inputs)
+    has_entropy = "entropy" in ctx.options.pop("outputs")
     ctx.overwrites = ctx.options.pop("inplace_backward") and saves_without_hooks()
     ctx.set_materialize_grads(False)  # or zeros would be made for max and sumexp
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(top, sumexp, others, *(() if has_entropy else (entropy,)))
+    ctx.save_for_backward(*inputs, logps, top, sumexp, entropy)
 
 
-def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
+def _backward(
+    ctx: Any, grad_logps: Tensor | None, _top: None, _sumexp: None, grad_entropy: Tensor | None, _others: None
+) -> tuple[Tensor | None, None]:
     if grad_logps is None:
-        return None, None
+        if grad_entropy is None:
+            return None, None
+        grad_logps = torch.zeros_like(grad_entropy)
     logits, labels, *saved = ctx.saved_tensors
     if ctx.overwrites and not torch.is_grad_enabled():
-        token_logprobs_grad_(logits, labels, saved, grad_logps, **ctx.options)
+        token_logprobs_grad_(logits, labels, saved, grad_logps, grad_entropy, **ctx.options)
         return logits.detach(), None
-    return token_logprobs_grad(logits, labels, saved, grad_logps, **ctx.options), None
+    return token_logprobs_grad(logits, labels, saved, grad_logps, grad_entropy, **ctx.options), None
 
 
-_GRAD_INPUTS = f"Tensor labels, Tensor[] saved, Tensor grad_logps, *, {TOKEN_OPTIONS}, str? backend"
+_GRAD_INPUTS = (
+    f"Tensor labels, Tensor[] saved, Tensor grad_logps, Tensor? grad_entropy, *, {TOKEN_OPTIONS}, str? backend"
+)
 
 token_logprobs_op = register(
-    f"token_logprobs(Tensor logits, Tensor labels, *, {TOKEN_OPTIONS}, bool inplace_backward, str? backend)"
-    " -> (Tensor logps, Tensor max, Tensor sumexp)",
+    f"token_logprobs(Tensor logits, Tensor labels, *, {TOKEN_OPTIONS}, bool inplace_backward, str[] outputs, "
+    "str? backend) -> (Tensor logps, Tensor max, Tensor sumexp, Tensor entropy, Tensor others)",
     _forward,
     _fake_forward,
     backward=_backward,

@@ -26,22 +26,24 @@ def loss_of(hidden, weight, labels, rewards, ref, backend, **options):
     return rpo_loss(hidden @ weight.T, labels, rewards, ref_logps=ref, shift=True, backend=backend, **options).loss
 
 
+@pytest.mark.parametrize("outputs", [[], ["entropy"], ["entropy", "mean_logit", "is_top1", "log_sum_sq_probs"]])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_opcheck(backend, backend_device, inplace):
+def test_opcheck(backend, backend_device, inplace, outputs):
     hidden, weight, labels, *_ = make(backend_device)
     logits = (hidden @ weight.T).detach().requires_grad_()
-    torch.library.opcheck(
-        OPS.token_logprobs, (logits, labels), dict(OPTIONS, inplace_backward=inplace, backend=backend)
-    )
+    options = dict(OPTIONS, inplace_backward=inplace, outputs=outputs, backend=backend)
+    torch.library.opcheck(OPS.token_logprobs, (logits, labels), options)
 
 
 @pytest.mark.parametrize("name", ["token_logprobs_grad", "token_logprobs_grad_"])
 def test_opcheck_of_the_gradient(backend, backend_device, name):
     hidden, weight, labels, *_ = make(backend_device)
     logits = (hidden @ weight.T).detach()
-    stats = OPS.token_logprobs(logits, labels, **OPTIONS, inplace_backward=False, backend=backend)
-    inputs = (logits, labels, list(stats), torch.ones_like(stats[0]))
-    torch.library.opcheck(getattr(OPS, name), inputs, dict(OPTIONS, backend=backend))
+    options = dict(OPTIONS, backend=backend)
+    *saved, _ = OPS.token_logprobs(logits, labels, **options, inplace_backward=False, outputs=["entropy"])
+    for grad_entropy in (None, torch.ones_like(saved[0])):
+        inputs = (logits, labels, saved, torch.ones_like(saved[0]), grad_entropy)
+        torch.library.opcheck(getattr(OPS, name), inputs, options)
 
 
 def test_opcheck_of_the_fused_objective(live_backend):

@@ -127,9 +127,11 @@ def _grad(
     if grad_groups is not None:
         per_group = groups.spread(grad_groups * groups.count, segments.count)
         factor = per_group if factor is None else factor + per_group
-    grad = torch.zeros_like(coef) if grad_logps is None else grad_logps.clone()
-    if factor is not None:
-        grad = torch.addcmul(grad, factor, coef)
+    if factor is None:
+        assert grad_logps is not None, "one of the three has a gradient"
+        grad = grad_logps.clone()
+    else:
+        grad = factor * coef if grad_logps is None else torch.addcmul(grad_logps, factor, coef)
     grad = segments.spread(grad, labels)
     return grad if token_weights is None else grad * token_weights
 
