@@ -38,7 +38,7 @@ def trainer(model, loss, path, data, **settings):
 def expected_loss(model, data, objective, reference=True):
     """Mean over all groups, from the model's own logits."""
     losses = []
-    for example in data.examples:
+    for example in data:
         batch = GroupCollator(0)([example])
         output = rpo_loss(
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
