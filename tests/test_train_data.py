@@ -1,5 +1,6 @@
 """Preference data: three forms, strings and messages, and what is said about a bad line."""
 
+import gzip
 import json
 
 import pytest
@@ -77,6 +78,8 @@ MISTAKES = {
     "responses[0].reward must be a number, got a string": {"prompt": "p", "responses": responses("1", 2)},
     "responses[0].reward must be a number, got a boolean": {"prompt": "p", "responses": responses(True, 2)},
     "responses[1].reward must be finite": {"prompt": "p", "responses": responses(1, float("nan"))},
+    "responses[0].reward must be finite in float32, got 3.5e+38": {"prompt": "p", "responses": responses(3.5e38, 1)},
+    "prompt holds '\\udc80', half of a character": {**PAIR, "prompt": "\udc80"},
     "at least two responses, got 1": {"prompt": "p", "responses": responses(1)},
     "at least two responses, got 0": {"prompt": "p", "responses": []},
     "prompt must be a string or a list of messages": {"prompt": 3, "responses": responses(1, 2)},
@@ -126,6 +129,35 @@ def test_bytes_and_numbers_out_of_range_are_bad_lines_too(tmp_path, line):
     with pytest.raises(DataError, match="bad line") as error:
         read_groups(path)
     assert f"{path}:2: " in str(error.value)
+
+
+def test_gzip_and_blank_lines_at_the_end(tmp_path):
+    path = tmp_path / "pairs.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write((json.dumps(PAIR) + "\n") * 2 + "\n  \n")
+    assert [group.source for group in read_groups(path)] == [f"{path}:1", f"{path}:2"]
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(DataError, match="not a whole gzip file"):
+        read_groups(path)
+
+
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=["none", "null", "empty"])
+def test_tool_calls_and_tools_are_kept(tmp_path, content):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    record = {"prompt": [USER], "chosen": [CALL | content], "rejected": [GOOD]}
+    path = tmp_path / "calls.jsonl"
+    path.write_text("".join(json.dumps(record | {"tools": form}) + "\n" for form in (tools, json.dumps(tools), [])))
+    groups = read_groups(path)
+    assert all(group.responses == [[CALL | {"content": ""}], [GOOD]] for group in groups)
+    assert [group.tools for group in groups] == [tools, tools, None]
+    path.write_text(json.dumps(record | {"tools": "f"}) + "\n" + json.dumps(record | {"tools": [1]}) + "\n")
+    with pytest.raises(
+        DataError, match=r"tools is a string that is not valid JSON(.|\n)*tools must be a list of objects"
+    ):
+        read_groups(path)
 
 
 def test_a_long_list_of_bad_lines_is_cut(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from rpo_kernels.train import attach_reference_logps, batches
+from rpo_kernels.train import NonFiniteError, attach_reference_logps, batches
 from training import arguments, dataset, tiny_model
 
 
@@ -68,6 +68,38 @@ def test_an_interrupted_pass_continues_where_it_stopped(tmp_path, monkeypatch, f
     assert len(forward_passes) == 2
     assert attach([dataset(6)], model, tmp_path) == 0
     torch.testing.assert_close(torch.tensor(data[3].ref_logps).double(), direct(model, data[3]), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"\xff\xfe not text",
+        b"[1, 2]",
+        b'{"key": 1, "logps": [1, 2, 3]}',
+        b'{"logps": [1, 2, 3]}',
+        b'{"key": "KEY", "logps": [-1]}',
+        b'{"key": "KEY", "logps": ["a", "b", "c"]}',
+        b'{"key": "KEY", "logps": [NaN, 0, 0]}',
+    ],
+)
+def test_a_broken_entry_is_computed_again(tmp_path, broken):
+    data = dataset(3)
+    attach([data], tiny_model(), tmp_path)
+    (file,) = (tmp_path / "cache").iterdir()
+    lines = file.read_bytes().splitlines()
+    lines[1] = broken.replace(b"KEY", data.keys()[1].encode())
+    file.write_bytes(b"\n".join(lines) + b"\n")
+    again = dataset(3)
+    assert attach([again], tiny_model(), tmp_path) == 1
+    assert again.ref_logps.tolist() == data.ref_logps.tolist()
+    assert attach([dataset(3)], tiny_model(), tmp_path) == 0
+
+
+def test_a_reference_that_gives_nan_stops_the_run(tmp_path):
+    model = tiny_model()
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    with pytest.raises(NonFiniteError, match="the reference gives group 1 the log-probabilities"):
+        attach([dataset(2)], model, tmp_path)
 
 
 def test_only_what_is_new_is_computed(tmp_path):

@@ -66,7 +66,8 @@ def load_model(source: str, dtype: str = "float32") -> PreTrainedModel:
         RunError: if there is none, or it cannot be read.
     """
     if base := adapter_base(source):
-        return _with_adapter(load_model(base, dtype), source, trainable=False).merge_and_unload()  # type: ignore[operator]
+        merged = _with_adapter(load_model(base, dtype), source, trainable=False).merge_and_unload()  # type: ignore[operator]
+        return merged.requires_grad_(True)  # PEFT had frozen it
     name, options = _locate(source)
     if options:
         options["quantization_config"] = GgufConfig(dequantize=True)

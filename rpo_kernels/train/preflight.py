@@ -155,12 +155,13 @@ def check_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrai
     method = models.quantised_by(config)
     if method is not None and not (args.lora_rank or source.endswith(".gguf")):
         raise RunError(f"the weights of {source} are packed ({method}): only an adapter can be trained, --lora-rank")
-    model = models.add_adapter(models.without_weights(config), args)
+    model = models.without_weights(config)
     if settings.run.loss_level == "head":
         try:
             find_head(model)
         except ValueError as error:
             raise RunError(str(error)) from error
+    models.add_adapter(model, args)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if settings.data.max_length is None:
         settings.data.max_length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
