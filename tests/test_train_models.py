@@ -59,7 +59,7 @@ def test_an_adapter_is_continued_merged_or_refused(folder, capsys):
     first, second = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "continued"))
     assert first.keys() == second.keys() and any(not torch.equal(first[name], second[name]) for name in first)
 
-    assert main(command(folder, "adapter", "merged", "--adapter", "merge")) == 0
+    assert main(command(folder, "adapter", "merged", "--adapter", "merge", "--learning-rate", "1e-3")) == 0
     check_start(metrics(folder / "merged"), trained)
     assert (folder / "merged" / "model.safetensors").exists()
 
