@@ -110,10 +110,10 @@ def table(data: dict[str, Any]) -> str:
     settings, machine = data["settings"], data["machine"]
     own = data["runs"]["TRL's own"]
     lines = [
-        f"Whole steps of DPO in TRL {data['trl']}: Gemma-3-270M in bfloat16 (vocabulary 262,144), {settings['pairs']} pairs "
-        f"of at most {settings['max_length']} tokens, {settings['steps']} steps from the same seed, TRL's defaults otherwise, "
-        f"reference model included; {machine['device']}, {machine['threads']} threads, {data['units']}. Medians over "
-        f"{settings['repeats']} runs each, in turns.",
+        f"Whole steps of DPO in TRL {data['trl']}: Gemma-3-270M in bfloat16 (vocabulary 262,144), {settings['pairs']} "
+        f"pairs of at most {settings['max_length']} tokens, {settings['steps']} steps from one seed, TRL's defaults "
+        f"otherwise, reference model included; {machine['device']}, {machine['threads']} threads, {data['units']}. "
+        f"Medians over {settings['repeats']} runs each, in turns.",
         "",
         "| | seconds a step | | peak memory of the process | largest difference in loss |",
         "|---|---|---|---|---|",

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ...head import linear_token_logprobs as _linear
-from ...logprobs import token_logprobs as _plain
 
 
 class TokenOutputs(NamedTuple):
@@ -39,16 +38,3 @@ def linear_token_logprobs(hidden, weight, labels, *, outputs=(), **o):
     if o.get("softcap"):
         z = o["softcap"] * (z / o["softcap"]).tanh()
     return _outputs(z / o.get("temperature", 1), labels, o.get("ignore_index", -100), outputs, logps)
-
-
-def token_logprobs(logits, labels, *, outputs=(), **o):
-    logps = _plain(logits, labels, **o)
-    if not outputs:
-        return logps
-    return _outputs(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)) / o.get("temperature", 1),
-        labels,
-        o.get("ignore_index", -100),
-        outputs,
-        logps,
-    )

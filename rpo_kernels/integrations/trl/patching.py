@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._interim import linear_token_logprobs, token_logprobs
+from ...logprobs import token_logprobs
+from ._interim import linear_token_logprobs
 
 _HEAD = ("hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
 # Read in TRL 0.24, 1.9, 1.13, 1.14, 1.15 and 1.16.
