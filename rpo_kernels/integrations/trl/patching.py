@@ -155,7 +155,7 @@ class Patch:
         wanted = ("entropy",) if outputs is None else tuple(o for o in HEAD_OUTPUTS if o in outputs)
         dtype = _compute_dtype(hidden)
         with self._gathered_in_backward(weight, bias):
-            result = linear_token_logprobs(
+            result: Any = linear_token_logprobs(
                 hidden.to(dtype),
                 weight.to(dtype),
                 targets,
@@ -213,7 +213,8 @@ class Patch:
         labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
         if not self._covers(logits, labels):
             return self._own["entropy_from_logits"](logits, chunk_size)
-        return self._writable(token_logprobs(logits, labels, outputs=("entropy",)).entropy, logits)
+        result: Any = token_logprobs(logits, labels, outputs=("entropy",))
+        return self._writable(result.entropy, logits)
 
     def _selective_log_softmax_and_entropy(
         self,
@@ -227,7 +228,9 @@ class Patch:
             own = self._own["selective_log_softmax_and_entropy"]
             return own(logits, index, entropy_requires_grad, temperature, row_mask)
         labels = _scored(index, row_mask)
-        result = token_logprobs(logits, labels, temperature=temperature, ignore_index=NOT_SCORED, outputs=("entropy",))
+        result: Any = token_logprobs(
+            logits, labels, temperature=temperature, ignore_index=NOT_SCORED, outputs=("entropy",)
+        )
         logps, entropy = self._writable(result.logps, logits), self._writable(result.entropy, logits)
         return logps, entropy if entropy_requires_grad else entropy.detach()
 
