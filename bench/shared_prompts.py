@@ -1,0 +1,199 @@
+"""Training steps with shared prompts and with separate padded sequences, in turn, on a real model and data.
+
+    python bench/shared_prompts.py --model DIR --data train.jsonl --out results.json
+    python bench/shared_prompts.py --model DIR --data train.jsonl --out results.json --context 500 --steps 6
+    python bench/shared_prompts.py --report results.json --figure shared-prompts.png
+
+Two copies of the model are trained side by side on the same groups, each step by both, so that the machine's moods
+meet both alike: losses, seconds, tokens computed and the peak of the resident memory beyond what stands between
+steps. `--context` puts that many tokens of the data before each prompt. The report prints a table and draws a chart.
+"""
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from rpo_kernels import RPO
+from rpo_kernels.benchmark.reports import describe_machine, format_bytes, save_json
+from rpo_kernels.shared_prompts.plan import StepSize, padded_size, shared_size, step_flops
+from rpo_kernels.train import BatchForm, PreferenceDataset, read_groups
+from rpo_kernels.train.batches import response_logps_by_group
+from rpo_kernels.train.dataset import Example
+from rpo_kernels.train.loss_layer import LossLayer, preference_loss
+from rpo_kernels.train.models import load_model, load_tokenizer
+
+FORMS = {"padded": BatchForm(), "shared": BatchForm(shared=True)}
+
+
+def examples(args: argparse.Namespace) -> list[Example]:
+    """The first groups of the data, each with `--context` tokens of the last groups before its prompt."""
+    groups = read_groups(args.data)
+    data = PreferenceDataset(groups, load_tokenizer(args.model), args.max_length).examples
+    pool = [token for example in reversed(data) for token in example.prompt[1:] + example.responses[0]]
+    chosen = data[: args.steps]
+    for index, example in enumerate(chosen):
+        start = index * args.context
+        # A sequence's first token stays first.
+        example.prompt[1:1] = pool[start : start + args.context]
+    return chosen
+
+
+class Trained:
+    """A copy of the model, trained in one form."""
+
+    def __init__(self, args: argparse.Namespace, form: BatchForm):
+        self.form = form
+        self.model = load_model(args.model, args.dtype).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.learning_rate)
+        self.layer = LossLayer("head", memory_budget="1GB")
+
+    def step(self, example: Example) -> dict[str, Any]:
+        """One optimizer step on one group."""
+        gc.collect()
+        before = _peak_from_now()
+        start = time.perf_counter()
+        (batch,) = self.form([example])["micro_batches"]
+        loss = preference_loss(self.model, batch, RPO(eta=0.3), self.layer).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - start
+        peak = _status("VmHWM") - before
+        return {"loss": loss.item(), "seconds": seconds, "tokens": batch["input_ids"].numel(), "peak_bytes": peak}
+
+
+def _peak_from_now() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Both forms, step by step in turn."""
+    data = examples(args)
+    trained = {name: Trained(args, form) for name, form in FORMS.items()}
+    first = trained["padded"]
+    for example in data:
+        example.ref_logps = response_logps_by_group(first.model, first.form([example]), first.layer)[0].tolist()
+    steps: dict[str, list[dict[str, Any]]] = {name: [] for name in FORMS}
+    for index, example in enumerate(data):
+        for name in list(FORMS) if index % 2 else reversed(FORMS):
+            steps[name].append(trained[name].step(example))
+        print(*(f"{name} {s[-1]['loss']:.5f} {s[-1]['seconds']:.2f} s" for name, s in steps.items()), flush=True)
+    return {
+        "problem": {name: getattr(args, name) for name in ("context", "max_length", "dtype", "learning_rate")},
+        "machine": describe_machine("cpu"),
+        "predicted": predicted(trained["padded"].model, data),
+        "steps": steps,
+    }
+
+
+def predicted(model: torch.nn.Module, data: list[Example]) -> dict[str, float]:
+    """How many times the padded form's tokens and operations are those of shared prompts."""
+    lengths = [(len(example.prompt), [len(r) for r in example.responses]) for example in data]
+    nothing = StepSize(0, 0, 0)
+    padded = sum((padded_size(*of) for of in lengths), nothing)
+    shared = sum((shared_size(*of) for of in lengths), nothing)
+    return {
+        "tokens": padded.tokens / shared.tokens,
+        "operations": step_flops(model, padded) / step_flops(model, shared),
+    }
+
+
+def summary(run: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of each form: median seconds a step, tokens of all steps, largest peak. The first step warms up."""
+    return {
+        name: {
+            "seconds": median(step["seconds"] for step in steps[1:]),
+            "tokens": sum(step["tokens"] for step in steps),
+            "peak_bytes": max(step["peak_bytes"] for step in steps[1:]),
+        }
+        for name, steps in run["steps"].items()
+    }
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """The runs as a Markdown table."""
+    lines = ["| prompts | | seconds a step | tokens computed | peak memory of a step |", "|---|---|---|---|---|"]
+    for run in runs:
+        forms = summary(run)
+        title = f"{run['problem']['context']} tokens of context" if run["problem"]["context"] else "as they are"
+        for name, form in forms.items():
+            cells = [f"{form['seconds']:.2f}", f"{form['tokens']:,}", format_bytes(form["peak_bytes"])]
+            lines.append(f"| {title} | {name} | {' | '.join(cells)} |")
+        ratios = {key: forms["padded"][key] / forms["shared"][key] for key in ("seconds", "tokens", "peak_bytes")}
+        by_step = median(
+            a["seconds"] / b["seconds"] for a, b in zip(run["steps"]["padded"][1:], run["steps"]["shared"][1:])
+        )
+        cells = [f"{by_step:.2f} (predicted {run['predicted']['operations']:.2f})"]
+        cells += [f"{ratios['tokens']:.2f}", f"{ratios['peak_bytes']:.2f}"]
+        lines.append(f"| {title} | padded / shared | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def largest_difference(run: dict[str, Any]) -> float:
+    """Between the two forms' losses, over all steps."""
+    return max(abs(a["loss"] - b["loss"]) for a, b in zip(run["steps"]["padded"], run["steps"]["shared"]))
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Seconds of each step by the padded form's tokens, and the losses of both forms."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    speed, losses = figure.subplots(1, 2)
+    for run, marker in zip(runs, "os"):
+        context = run["problem"]["context"]
+        padded, shared = run["steps"]["padded"], run["steps"]["shared"]
+        label = f"{context} tokens of context" if context else "prompts as they are"
+        ratio = [(a["tokens"] / b["tokens"], a["seconds"] / b["seconds"]) for a, b in zip(padded[1:], shared[1:])]
+        speed.scatter(*zip(*ratio), marker=marker, label=label, alpha=0.7)
+    limit = max(speed.get_xlim()[1], speed.get_ylim()[1])
+    speed.plot([1, limit], [1, limit], color="gray", linewidth=0.8)
+    speed.set_xlabel("tokens, padded / shared")
+    speed.set_ylabel("seconds of a step, padded / shared")
+    speed.legend(fontsize="small")
+    for name, style in (("padded", dict(linewidth=3, alpha=0.4)), ("shared", dict(linewidth=1, color="black"))):
+        losses.plot([step["loss"] for step in runs[0]["steps"][name]], label=name, **style)
+    losses.set_xlabel("step")
+    losses.set_ylabel("loss")
+    losses.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure and add to the results, or report them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="a directory, hub id or .gguf file")
+    parser.add_argument("--data", help="preference data, a JSONL file")
+    parser.add_argument("--out", type=Path, help="results, to which the measurement is added")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--context", type=int, default=0)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--learning-rate", type=float, default=1e-6)
+    parser.add_argument("--report", type=Path, help="results to report")
+    parser.add_argument("--figure", type=Path, default=Path("shared-prompts.png"))
+    args = parser.parse_args()
+    if args.report:
+        runs = json.loads(args.report.read_text())
+        print(table(runs))
+        print(f"\nlargest difference of losses: {max(map(largest_difference, runs)):.1e}")
+        draw(runs, args.figure)
+        return
+    torch.manual_seed(0)
+    runs = json.loads(args.out.read_text()) if args.out.exists() else []
+    save_json([*runs, measure(args)], args.out)
+
+
+if __name__ == "__main__":
+    main()
