@@ -5,8 +5,9 @@
     python bench/shared_prompts.py --report results.json --figure shared-prompts.png
 
 Two copies of the model are trained side by side on the same groups, each step by both, so that the machine's moods
-meet both alike: losses, seconds, tokens computed and the peak of the resident memory beyond what stands between
-steps. `--context` puts that many tokens of the data before each prompt. The report prints a table and draws a chart.
+meet both alike: losses, seconds by the clock and of processor time, tokens computed, and the peak of the resident
+memory beyond what stands between steps. `--context` puts that many tokens of the data before each prompt. The report
+prints a table and draws a chart.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import gc
 import json
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -58,15 +58,19 @@ class Trained:
         """One optimizer step on one group."""
         gc.collect()
         before = _peak_from_now()
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         (batch,) = self.form([example])["micro_batches"]
         loss = preference_loss(self.model, batch, RPO(eta=0.3), self.layer).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        seconds = time.perf_counter() - start
-        peak = _status("VmHWM") - before
-        return {"loss": loss.item(), "seconds": seconds, "tokens": batch["input_ids"].numel(), "peak_bytes": peak}
+        return {
+            "loss": loss.item(),
+            "seconds": time.perf_counter() - start,
+            "processor_seconds": time.process_time() - processor,
+            "tokens": batch["input_ids"].numel(),
+            "peak_bytes": _status("VmHWM") - before,
+        }
 
 
 def _peak_from_now() -> int:
@@ -79,24 +83,28 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Both forms, step by step in turn."""
+def measure(args: argparse.Namespace) -> None:
+    """Both forms, step by step in turn; what is measured is kept step by step."""
+    before = json.loads(args.out.read_text()) if args.out.exists() else []
     data = examples(args)
     trained = {name: Trained(args, form) for name, form in FORMS.items()}
     first = trained["padded"]
     for example in data:
         example.ref_logps = response_logps_by_group(first.model, first.form([example]), first.layer)[0].tolist()
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in FORMS}
+    run = {
+        "problem": {name: getattr(args, name) for name in ("context", "max_length", "dtype", "learning_rate")},
+        "machine": describe_machine("cpu"),
+        "steps": steps,
+    }
     for index, example in enumerate(data):
         for name in list(FORMS) if index % 2 else reversed(FORMS):
             steps[name].append(trained[name].step(example))
-        print(*(f"{name} {s[-1]['loss']:.5f} {s[-1]['seconds']:.2f} s" for name, s in steps.items()), flush=True)
-    return {
-        "problem": {name: getattr(args, name) for name in ("context", "max_length", "dtype", "learning_rate")},
-        "machine": describe_machine("cpu"),
-        "predicted": predicted(trained["padded"].model, data),
-        "steps": steps,
-    }
+        run["predicted"] = predicted(first.model, data[: index + 1])
+        save_json([*before, run], args.out)
+        print(
+            *(f"{name} {s[-1]['loss']:.5f} {s[-1]['processor_seconds']:.2f} s" for name, s in steps.items()), flush=True
+        )
 
 
 def predicted(model: torch.nn.Module, data: list[Example]) -> dict[str, float]:
@@ -112,10 +120,10 @@ def predicted(model: torch.nn.Module, data: list[Example]) -> dict[str, float]:
 
 
 def summary(run: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each form: median seconds a step, tokens of all steps, largest peak. The first step warms up."""
+    """Of each form: processor time of the steps but the first, tokens of all, largest peak."""
     return {
         name: {
-            "seconds": median(step["seconds"] for step in steps[1:]),
+            "seconds": sum(step["processor_seconds"] for step in steps[1:]) / len(steps[1:]),
             "tokens": sum(step["tokens"] for step in steps),
             "peak_bytes": max(step["peak_bytes"] for step in steps[1:]),
         }
@@ -125,7 +133,10 @@ def summary(run: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """The runs as a Markdown table."""
-    lines = ["| prompts | | seconds a step | tokens computed | peak memory of a step |", "|---|---|---|---|---|"]
+    lines = [
+        "| prompts | | processor seconds a step | tokens computed | peak memory of a step |",
+        "|---|---|---|---|---|",
+    ]
     for run in runs:
         forms = summary(run)
         title = f"{run['problem']['context']} tokens of context" if run["problem"]["context"] else "as they are"
@@ -133,10 +144,7 @@ def table(runs: list[dict[str, Any]]) -> str:
             cells = [f"{form['seconds']:.2f}", f"{form['tokens']:,}", format_bytes(form["peak_bytes"])]
             lines.append(f"| {title} | {name} | {' | '.join(cells)} |")
         ratios = {key: forms["padded"][key] / forms["shared"][key] for key in ("seconds", "tokens", "peak_bytes")}
-        by_step = median(
-            a["seconds"] / b["seconds"] for a, b in zip(run["steps"]["padded"][1:], run["steps"]["shared"][1:])
-        )
-        cells = [f"{by_step:.2f} (predicted {run['predicted']['operations']:.2f})"]
+        cells = [f"{ratios['seconds']:.2f} (predicted {run['predicted']['operations']:.2f})"]
         cells += [f"{ratios['tokens']:.2f}", f"{ratios['peak_bytes']:.2f}"]
         lines.append(f"| {title} | padded / shared | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -155,12 +163,15 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         context = run["problem"]["context"]
         padded, shared = run["steps"]["padded"], run["steps"]["shared"]
         label = f"{context} tokens of context" if context else "prompts as they are"
-        ratio = [(a["tokens"] / b["tokens"], a["seconds"] / b["seconds"]) for a, b in zip(padded[1:], shared[1:])]
+        ratio = [
+            (a["tokens"] / b["tokens"], a["processor_seconds"] / b["processor_seconds"])
+            for a, b in zip(padded[1:], shared[1:])
+        ]
         speed.scatter(*zip(*ratio), marker=marker, label=label, alpha=0.7)
     limit = max(speed.get_xlim()[1], speed.get_ylim()[1])
     speed.plot([1, limit], [1, limit], color="gray", linewidth=0.8)
     speed.set_xlabel("tokens, padded / shared")
-    speed.set_ylabel("seconds of a step, padded / shared")
+    speed.set_ylabel("processor time, padded / shared")
     speed.legend(fontsize="small")
     for name, style in (("padded", dict(linewidth=3, alpha=0.4)), ("shared", dict(linewidth=1, color="black"))):
         losses.plot([step["loss"] for step in runs[0]["steps"][name]], label=name, **style)
@@ -191,8 +202,7 @@ def main() -> None:
         draw(runs, args.figure)
         return
     torch.manual_seed(0)
-    runs = json.loads(args.out.read_text()) if args.out.exists() else []
-    save_json([*runs, measure(args)], args.out)
+    measure(args)
 
 
 if __name__ == "__main__":

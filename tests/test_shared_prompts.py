@@ -187,3 +187,14 @@ def test_packing_by_tokens():
     assert sorted(g for row in rows for g in row) == list(range(200))
     assert all(sum(sizes[g] for g in row) <= 64 for row in rows)
     assert len(rows) <= 11 / 9 * -(-sum(sizes) // 64) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_flex_attention(family):
+    """FlexAttention, which has no backward on a CPU, with a softcap and with a sliding window."""
+    sizes = dict(hidden_size=64, head_dim=16)
+    with torch.no_grad():
+        expected = padded_logps(tiny(family, "eager", **sizes), ragged_groups())
+        logps = shared_logps(tiny(family, "flex_attention", **sizes), ragged_groups())
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
