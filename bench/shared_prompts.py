@@ -35,7 +35,7 @@ FORMS = {"padded": BatchForm(), "shared": BatchForm(shared=True)}
 def examples(args: argparse.Namespace) -> list[Example]:
     """The first groups of the data, each with `--context` tokens of the last groups before its prompt."""
     groups = read_groups(args.data)
-    data = PreferenceDataset(groups, load_tokenizer(args.model), args.max_length).examples
+    data = list(PreferenceDataset(groups, load_tokenizer(args.model), args.max_length))
     pool = [token for example in reversed(data) for token in example.prompt[1:] + example.responses[0]]
     chosen = data[: args.steps]
     for index, example in enumerate(chosen):
