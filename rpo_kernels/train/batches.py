@@ -55,7 +55,8 @@ class BatchForm:
         Args:
             model: on its device, not yet wrapped for several.
             shared_prompts: `"auto"`, `"on"` or `"off"`.
-            examples: the training data, iterated over more than once; its first group is computed both ways, compared.
+            examples: the training data, iterated over more than once; its first two groups are computed both ways and
+                compared.
             longest: tokens of the longest sequence of the data, where that is known.
             loss_layer: how the comparison computes log-probabilities.
 
@@ -67,7 +68,7 @@ class BatchForm:
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         longest = longest or max(map(_longest, examples), default=None)
-        first = list(islice(examples, 1))
+        first = list(islice(examples, 2))
         form = cls._exact(model, shared_prompts, cls(False, max_tokens, pad_token_id), first, longest, loss_layer)
         form._name_larger(examples)
         return form
