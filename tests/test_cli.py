@@ -1,8 +1,10 @@
 """The command line, run as a user would: the demonstration, own data, resuming, mistakes."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -42,6 +44,34 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr("rpo_kernels.train.command.main", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "rpo-kernels train: interrupted; --resume goes on from what was saved\n"
+
+
+def test_an_interruption_in_the_first_seconds_is_one_line():
+    argv = [sys.executable, "-m", "rpo_kernels.cli", "train"]
+    started = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    assert started.stderr.readline() == "rpo-kernels train: loading torch and transformers\n"
+    time.sleep(0.3)
+    started.send_signal(signal.SIGINT)
+    _, error = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert error == "rpo-kernels train: interrupted; --resume goes on from what was saved\n"
+
+
+def test_metrics_reach_tensorboard(tmp_path, monkeypatch):
+    """By the names that metrics.json has them under."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    assert main(["train", *SMALL, "--num_train_epochs", "1", "--report-to", "tensorboard"]) == 0
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    metrics = json.loads((tmp_path / "rpo-demo" / "metrics.json").read_text())
+    logged = [entry for entry in metrics["history"] if "loss" in entry]
+    for name in ("loss", "accuracy", "margin", "drift", "logp_best", "tokens_per_second", "grad_norm"):
+        values = [event.value for event in events.Scalars(f"train/{name}")]
+        assert values == pytest.approx([entry[name] for entry in logged], rel=1e-6)
+    assert events.Scalars("eval/margin")[0].value == metrics["before"]["eval_margin"]
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):

@@ -101,6 +101,19 @@ def test_dropout_is_off_unless_it_is_kept(folder, kept):
     assert json.loads((folder / "dropout" / "config.json").read_text())["embd_pdrop"] == 0.3
 
 
+def test_a_policy_that_is_not_its_reference_is_noticed(folder, capsys):
+    """Here the cache holds what is not the model's."""
+    assert main(command(folder, "model", "right", "--cache-dir", str(folder / "wrong"))) == 0
+    assert "warning" not in capsys.readouterr().out
+    (file,) = (folder / "wrong" / "reference").iterdir()
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    changed = [entry | {"logps": [entry["logps"][0] + 1, *entry["logps"][1:]]} for entry in entries]
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in changed))
+    assert main(command(folder, "model", "noticed", "--cache-dir", str(folder / "wrong"))) == 0
+    out = capsys.readouterr().out
+    assert "warning: policy and reference are the same model" in out and "have an accuracy of 0.5" in out
+
+
 def test_dropout_of_any_kind():
     """Modules and plain numbers: gradients in training are those in evaluation."""
     model = tiny_model(attention_dropout=0.5)
