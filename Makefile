@@ -28,7 +28,7 @@ sanitize: $(VENV)/.test
 	PYTHON=$(BIN)/python csrc/sanitize.sh -m "not slow"
 
 gpu:
-	$(PYTHON) -m rpo_kernels.benchmark.gpu
+	PYTHONPATH=. $(PYTHON) bench/gpu.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

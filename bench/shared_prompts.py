@@ -21,7 +21,9 @@ import torch
 from matplotlib.figure import Figure
 
 from rpo_kernels import RPO
-from rpo_kernels.benchmark.reports import describe_machine, format_bytes, save_json
+from rpo_kernels.benchmark.machine import describe_machine
+from rpo_kernels.benchmark.results import save_json
+from rpo_kernels.benchmark.tables import format_bytes
 from rpo_kernels.shared_prompts.plan import StepSize, padded_size, shared_size, step_flops
 from rpo_kernels.train import BatchForm, PreferenceDataset, read_groups
 from rpo_kernels.train.batches import response_logps_by_group

@@ -20,7 +20,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rpo_kernels.benchmark.reports import describe_machine, format_bytes, same_setup, save_json
+from rpo_kernels.benchmark.charts import save_figure
+from rpo_kernels.benchmark.machine import describe_machine, same_setup
+from rpo_kernels.benchmark.results import new_results, result_path, save_json
+from rpo_kernels.benchmark.tables import format_bytes
 
 RUNS = {
     "logits": ["--loss-level", "logits"],
@@ -79,7 +82,7 @@ def held_out(run: dict[str, Any], metric: str) -> list[tuple[int, float]]:
 
 
 def draw(data: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """Training loss, held-out loss and accuracy of the runs, one over the other, and their peak memory; the PNG."""
+    """Training loss, held-out loss and accuracy of the runs, one over the other, and their peak memory; PNG files."""
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     loss, accuracy, eval_loss, memory = figure.subplots(2, 2).flat
     styles = [("#c8553d", "-", 4.0, 0.35), ("#0b6e4f", "-", 1.8, 1.0), ("#3f7cac", "--", 1.8, 1.0)]
@@ -104,13 +107,11 @@ def draw(data: dict[str, Any], folder: Path, name: str) -> list[Path]:
     for axes in (loss, accuracy, eval_loss):
         axes.set_xlabel("step", fontsize=9)
         axes.legend(fontsize=8)
-    path = folder / f"{name}.png"
-    figure.savefig(path, dpi=120)
-    return [path]
+    return [save_figure(figure, folder / f"{name}.png")]
 
 
 def compare(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table in the README: each run, and how far its losses are from the first one's."""
+    """Header and rows of the table in the docs: each run, and how far its losses are from the first one's."""
     first = losses(next(iter(data["runs"].values())))
     header = ["", "peak memory", "largest difference in loss", "held-out loss", "held-out accuracy"]
     rows = []
@@ -132,19 +133,20 @@ def main() -> None:
     parser.add_argument("--train-groups", type=int, default=80)
     parser.add_argument("--eval-groups", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-6)
-    parser.add_argument("--output", type=Path, default=Path("bench/results/cpu-training.json"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder, one below it for the device")
     args = parser.parse_args()
-    settings = {k: v for k, v in vars(args).items() if k not in ("model", "train_data", "eval_data", "output")}
-    data: dict[str, Any] = {"kind": "training", "machine": describe_machine("cpu"), "settings": settings, "runs": {}}
-    if args.output.exists():
-        earlier = json.loads(args.output.read_text())
+    settings = {k: v for k, v in vars(args).items() if k not in ("model", "train_data", "eval_data", "out")}
+    data = new_results("training", describe_machine("cpu")) | {"settings": settings, "runs": {}}
+    path = result_path(args.out, data["machine"], "training")
+    if path.exists():
+        earlier = json.loads(path.read_text())
         if earlier["settings"] == settings and same_setup(earlier["machine"], data["machine"]):
             data = earlier
     for name, level in RUNS.items():
         if name not in data["runs"]:
             data["runs"][name] = train(flags(args), level)
-            save_json(data, args.output)
-    print(*draw(data, args.output.parent, args.output.stem))
+            save_json(data, path)
+    print(*draw(data, path.parent, path.stem))
 
 
 if __name__ == "__main__":

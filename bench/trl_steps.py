@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rpo_kernels.benchmark.reports import describe_machine, format_bytes, same_setup, save_json
+from rpo_kernels.benchmark.machine import describe_machine, same_setup
+from rpo_kernels.benchmark.results import save_json
+from rpo_kernels.benchmark.tables import format_bytes
 
 RUNS: dict[str, dict[str, Any] | None] = {
     "TRL's own": None,

@@ -20,7 +20,7 @@ COMMANDS = {
         "rpo_kernels.train.command", "train", "train a model on preference data (no arguments: a demonstration)", True
     ),
     "bench": Command("rpo_kernels.benchmark.bench", "bench", "time, memory and error beside other libraries", True),
-    "memory": Command("rpo_kernels.benchmark.capacity", "bench", "memory of the loss layer, and what fits a card"),
+    "memory": Command("rpo_kernels.benchmark.memory", "bench", "memory of the loss layer, and what fits a card"),
     "info": Command("rpo_kernels.info", None, "show the version and which backends are live"),
 }
 

@@ -1,19 +1,25 @@
-"""The commands `bench` and `memory`, their files and charts, and the script that fills the README."""
+"""The commands `bench` and `memory`, their files, tables and charts, and the script that fills the docs."""
 
+import io
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from rpo_kernels.benchmark.charts import draw_bench
-from rpo_kernels.benchmark.gpu import STEPS, Step, run
-from rpo_kernels.benchmark.reports import format_bytes, save_json
+from rpo_kernels.benchmark import machine as machines
+from rpo_kernels.benchmark.charts import draw
+from rpo_kernels.benchmark.results import load_json, save_json
+from rpo_kernels.benchmark.tables import format_bytes, markdown, print_tables
 from rpo_kernels.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-import make_tables
+import make_docs
+
+SIZES = ["--model", "qwen2.5-0.5b", "--vocab", "1000", "--dtype", "float32", "--seconds", "0.1"]
 
 
 def one(folder: Path, pattern: str) -> Path:
@@ -23,123 +29,261 @@ def one(folder: Path, pattern: str) -> Path:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Path:
-    """Results of a small sweep at the logits level and one size of the head."""
+    """Results of a small sweep at the logits level, the row kernels and one case of the head."""
     out = tmp_path_factory.mktemp("bench")
-    common = [
-        "--providers",
-        "rpo_kernels in place",
-        "eager",
-        "--seconds",
-        "0.1",
-        "--out",
-        str(out),
-        "--dtype",
-        "float32",
-    ]
-    sizes = ["--model", "qwen2.5-0.5b", "--vocab", "1000"]
-    assert main(["bench", *sizes, *common, "--level", "logits", "frozen", "--rows", "32", "64"]) == 0
+    only = ["--only", "rpo_kernels in place", "eager", "native in place", "--out", str(out)]
+    assert main(["bench", *SIZES, *only, "--case", "logits", "head-frozen", "rows", "--rows", "32", "64"]) == 0
     return one(out, "bench.json")
 
 
 def test_bench_writes_every_sample(bench):
-    data = json.loads(bench.read_text())
-    assert data["machine"]["versions"]["torch"] and data["machine"]["date"] and data["rates"]["copy"] > 0
-    assert len(data["problems"]) == 4
+    data = load_json(bench)
+    assert data["machine"]["versions"]["torch"] and data["machine"]["units"] in bench.parent.name
+    assert len(data["problems"]) == 6
     for entry in data["problems"]:
-        results = [result for result in entry["providers"].values() if result["status"] == "ok"]
-        assert results
+        results = [result for result in entry["results"].values() if result["status"] == "ok"]
+        names = set(entry["references"])
+        assert (
+            results
+            and names
+            == {"logits": {"copy"}, "head-frozen": {"gemm"}, "rows": {"read", "copy"}}[entry["problem"]["case"]]
+        )
         for result in results:
-            assert len(result["forward_s"]) == len(result["backward_s"]) == len(result["evaluation_s"]) >= 3
+            assert len(result["step_s"]) == len(result["forward_s"]) >= 3 and "attempts" not in result
+            assert {name: len(samples) for name, samples in result["reference_s"].items()} == dict.fromkeys(
+                names, len(result["step_s"])
+            )
             assert result["peak_bytes"] >= 0 and result["errors"]
-    assert {p.name for p in bench.parent.iterdir()} >= {"bench-logits.png", "bench-logits.svg", "bench-head-frozen.png"}
+    charts = {path.name for path in bench.parent.iterdir()}
+    assert charts >= {"bench-logits.png", "bench-logits.svg", "bench-head-frozen.png", "bench-rows.png"}
 
 
-def test_bench_resumes(bench):
-    before = json.loads(bench.read_text())
-    arguments = "--model qwen2.5-0.5b --vocab 1000 --dtype float32 --level logits --rows 32 128 --resume --seconds 0.1"
-    common = ["--providers", "rpo_kernels in place", "--out", str(bench.parent.parent)]
-    assert main(["bench", *arguments.split(), *common]) == 0
-    after = json.loads(bench.read_text())
-    assert after["problems"][:4] == before["problems"] and len(after["problems"]) == 5
+def run_again(bench: Path, *arguments: str) -> int:
+    return main(["bench", *SIZES, "--case", "logits", "--out", str(bench.parent.parent), "--resume", *arguments])
 
 
-def test_wrong_arguments(capsys):
-    assert main(["bench", "--model", "gpt-9"]) == 2
-    assert "gpt-9" in capsys.readouterr().out
-    assert main(["memory", "--card", "lots", "--predict"]) == 2
-    assert "lots" in capsys.readouterr().out
+def test_resume_measures_what_is_missing(bench, tmp_path, monkeypatch):
+    """New sizes, new implementations, and what was interrupted; what is there stays."""
+    copied = shutil.copytree(bench.parent.parent, tmp_path / "out") / bench.parent.name / "bench.json"
+    before = json.loads(copied.read_text())
+    measured = []
+    from rpo_kernels.benchmark import measure
+
+    def recorded(one, problems, settings):
+        measured.append((one.name, [p.rows for p in problems]))
+        return [{"status": "ok", "reason": None, "peak_bytes": 0, "input_bytes": {}} for _ in problems]
+
+    monkeypatch.setattr(measure, "measure_peaks", recorded)
+    assert run_again(copied, "--only", "rpo_kernels in place", "--rows", "32", "128") == 0
+    after = json.loads(copied.read_text())
+    assert measured == [("rpo_kernels in place", [128])]
+    assert after["problems"][:6] == before["problems"] and len(after["problems"]) == 7
+    measured.clear()
+    assert run_again(copied, "--only", "torch backend", "--rows", "32") == 0
+    assert measured == [("rpo_kernels torch backend", [32])]
+    data = json.loads(copied.read_text())
+    assert data["problems"][0]["results"]["rpo_kernels torch backend"]["step_s"]
+    interrupted = {"status": "interrupted", "reason": "x", "attempts": 1}
+    data["problems"][0]["results"]["eager torch"] = interrupted
+    data["problems"][1]["results"]["eager torch"] = {**interrupted, "attempts": 2}
+    save_json(data, copied)
+    measured.clear()
+    assert run_again(copied, "--only", "eager", "--rows", "32", "64") == 0
+    assert measured == [("eager torch", [32])]
+    statuses = [e["results"]["eager torch"]["status"] for e in json.loads(copied.read_text())["problems"][:2]]
+    assert statuses == ["ok", "interrupted"]
+
+
+def test_interrupting_leaves_nothing_half_done(tmp_path, monkeypatch):
+    from rpo_kernels.benchmark import measure
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "measure_peaks", interrupted)
+    assert main(["bench", *SIZES, "--case", "logits", "--only", "eager", "--rows", "32", "--out", str(tmp_path)]) == 130
+    assert load_json(one(tmp_path, "bench.json"))["problems"][0]["results"] == {}
+
+
+def test_resume_refuses_what_does_not_belong_together(bench, tmp_path, capsys):
+    copied = shutil.copytree(bench.parent.parent, tmp_path / "out") / bench.parent.name / "bench.json"
+    whole = copied.read_text()
+    copied.write_text(whole[: len(whole) // 2])
+    assert run_again(copied) == 2
+    assert "not a whole JSON file" in capsys.readouterr().out
+    data = json.loads(whole)
+    data["machine"]["versions"]["torch"] = "1.0"
+    save_json(data, copied)
+    assert run_again(copied) == 2
+    assert "the setup differs: versions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ("bench --model gpt-9", "gpt-9"),
+        ("bench --only no-such-thing", "no-such-thing"),
+        ("bench --memory-limit lots", "--memory-limit must be"),
+        ("bench --device cuda", "--device cuda"),
+        ("bench --data /nope.jsonl --model x", "/nope.jsonl"),
+        ("bench --base no-such-revision", "no-such-revision"),
+        ("memory --card lots --predict", "--card must be"),
+        ("memory --model gpt-9", "gpt-9"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, named, capsys, tmp_path):
+    if named == "--device cuda" and command_sees_a_gpu():
+        pytest.skip("there is a GPU")
+    argv = arguments.split()
+    assert main([*argv, "--out", str(tmp_path)]) == 2
+    assert named in capsys.readouterr().out and not any(tmp_path.rglob("*.json"))
+
+
+def command_sees_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "bench --rows 0",
+        "bench --vocab 0",
+        "bench --responses 1",
+        "bench --seconds 0",
+        "bench --data x.jsonl",
+        "bench --name a/b",
+        "memory --hidden 8",
+        "memory --length 0",
+        "memory --model phi-4 --hidden 8 --vocab 8 --layers 1",
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(arguments):
     with pytest.raises(SystemExit):
-        main(["bench", "--responses", "1"])
+        main(arguments.split())
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for name in ("bench", "memory"):
+        assert main([name, "--out", str(tmp_path / "file" / "x")]) == 2
+        assert "--out: cannot write" in capsys.readouterr().out
 
 
 def test_list(capsys):
     assert main(["bench", "--list", "--device", "cpu"]) == 0
     listed = capsys.readouterr().out
-    assert "runs on cuda devices only" in listed and "eager torch" in listed
+    assert "runs on cuda devices only" in listed and "eager torch" in listed and "rpo_kernels native in place" in listed
 
 
 def test_memory(tmp_path, capsys):
-    arguments = ["--model", "qwen2.5-0.5b", "--length", "4", "--providers", "eager", "--card", "80GB"]
-    assert main(["memory", *arguments, "--predict"]) == 0
-    assert "does not fit" not in capsys.readouterr().out
+    arguments = ["--model", "qwen2.5-0.5b", "--length", "4", "--only", "eager", "--card", "80GB"]
     assert main(["memory", *arguments, "--out", str(tmp_path)]) == 0
-    data = json.loads(one(tmp_path, "memory.json").read_text())
-    assert data["providers"]["eager torch"]["parts"]["work"] > 0 and data["predicted"]["rpo_kernels"]
+    data = load_json(one(tmp_path, "memory.json"))
+    (entry,) = data["problems"]
+    assert entry["results"]["eager torch"]["parts"]["work"] > 0 and entry["predicted"]["rpo_kernels"]
     assert one(tmp_path, "memory.png").stat().st_size > 10_000 and one(tmp_path, "*.pickle")
+    assert "| eager torch |" in markdown(data)
+    assert "does not fit" not in capsys.readouterr().out
 
 
-def test_charts_of_failures(bench, tmp_path):
-    """A provider that was out of memory, or wrong, is drawn and listed as such."""
-    data = json.loads(bench.read_text())
+def test_predictions_take_a_shape_and_are_for_long_responses(capsys):
+    shape = ["--hidden", "4096", "--vocab", "128256", "--layers", "32"]
+    assert main(["memory", "--predict", *shape]) == 0
+    shown = capsys.readouterr().out
+    assert "4096 rows" in shown and "largest K at 2048 tokens" in " ".join(shown.split())
+    assert main(["memory", "--predict", "--model", "llama-3.1-405b"]) == 0
+    assert "does not fit" in capsys.readouterr().out
+    assert main(["memory", "--predict", "--model", "llama-3.1-405b", "--cards", "128"]) == 0
+    assert "does not fit" not in capsys.readouterr().out
+
+
+def failing(data: dict) -> dict:
+    """The results, with an implementation that was out of memory and one that was wrong."""
     for entry in data["problems"]:
         for status, name in (("out of memory", "eager torch"), ("wrong", "rpo_kernels in place")):
-            if name in entry["providers"]:
-                entry["providers"][name] = {"status": status, "reason": "because"}
-    assert "rpo_kernels in place: wrong, because" in make_tables.markdown(data)
-    assert all(path.stat().st_size > 10_000 for path in draw_bench(data, tmp_path, "x"))
-    assert "eager torch: out of memory" in make_tables.markdown(data)
+            if name in entry["results"]:
+                entry["results"][name] = {"status": status, "reason": "because"}
+    return data
 
 
-def test_readme_tables(bench, tmp_path):
-    readme = tmp_path / "README.md"
+def test_what_failed_is_drawn_and_listed(bench, tmp_path):
+    data = failing(load_json(bench))
+    assert all(path.stat().st_size > 10_000 for path in draw(data, tmp_path, "x"))
+    assert "rpo_kernels in place: wrong, because" in markdown(data)
+    assert "eager torch: out of memory" in markdown(data)
+
+
+def test_labels_of_what_has_no_bar_stay_inside_the_axes(bench):
+    from rpo_kernels.benchmark.charts import _bars
+
+    figure = _bars(failing(load_json(bench))["problems"][:1])
+    for ax in figure.axes:
+        bottom, top = ax.get_ylim()
+        assert all(top < text.get_position()[1] < bottom for text in ax.texts)
+        assert len(ax.texts) == len(ax.get_yticks())
+
+
+@pytest.mark.parametrize("width", [40, 60, 120])
+def test_tables_keep_the_names(bench, width):
+    console = Console(width=width, file=io.StringIO(), record=True)
+    print_tables(console, load_json(bench))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    assert any(line.split()[:2] == ["eager", "torch"] for line in lines)
+
+
+def test_the_other_commit(tmp_path, monkeypatch):
+    """Two commits of a repository are measured side by side, each in its own process."""
+    root = Path(make_docs.__file__).parents[1]
+    if subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True).returncode:
+        pytest.skip("not a git checkout")
+    built = []
+    monkeypatch.setattr("rpo_kernels.benchmark.compare.build", built.append)  # compiling takes a minute
+    arguments = ["--case", "logits", "--only", "rpo_kernels in place", "--rows", "32", "--time-only"]
+    assert main(["bench", *SIZES, *arguments, "--base", "HEAD", "--out", str(tmp_path)]) == 0
+    results = load_json(one(tmp_path, "bench.json"))["problems"][0]["results"]
+    names = [name for name in results if " @ " in name]
+    assert names and all(
+        results[name]["step_s"] for name in ("rpo_kernels in place", f"rpo_kernels in place @ {built[0].name}")
+    )
+    assert not built[0].exists()
+    worktrees = subprocess.run(["git", "-C", str(root), "worktree", "list"], capture_output=True, text=True).stdout
+    assert str(built[0]) not in worktrees
+
+
+def test_docs_blocks(bench, tmp_path):
+    page = tmp_path / "page.md"
     blocks = [
-        f"<!-- begin results: r.json{only} -->\nold\n<!-- end results -->\n" for only in ("", " charts", " tables")
+        f"<!-- begin results: d/r.json{only} -->\nold\n<!-- end results -->\n" for only in ("", " charts", " tables")
     ]
-    readme.write_text("before\n" + "between\n".join(blocks) + "after\n")
-    (tmp_path / "r.json").write_text(bench.read_text())
-    make_tables.fill(readme)
-    text = readme.read_text()
+    page.write_text("before\n" + "between\n".join(blocks) + "after\n")
+    save_json(load_json(bench), tmp_path / "results" / "d" / "r.json")
+    make_docs.fill(page, tmp_path / "results")
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert text.count("\n| eager torch |") == 8 and text.count("(r-logits.png)") == text.count("between") == 2
-    assert (tmp_path / "r-logits.png").exists()
-    make_tables.fill(readme)
-    assert readme.read_text() == text
+    assert text.count("\n| eager torch |") == 8 and text.count("(page/d/r-logits.png)") == text.count("between") == 2
+    assert (tmp_path / "page" / "d" / "r-logits.png").exists()
+    make_docs.fill(page, tmp_path / "results")
+    assert page.read_text() == text
 
 
-def test_the_readme_is_made_from_the_committed_results(tmp_path):
-    root = Path(make_tables.__file__).parents[1]
-    shutil.copytree(root / "bench" / "results", tmp_path / "bench" / "results")
-    shutil.copy(root / "README.md", tmp_path)
-    make_tables.fill(tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == (root / "README.md").read_text()
+def test_the_docs_are_made_from_the_committed_results(tmp_path):
+    page = shutil.copy(make_docs.ROOT / "docs" / "benchmarks.md", tmp_path)
+    make_docs.fill(Path(page), make_docs.ROOT / "bench" / "results")
+    assert Path(page).read_text() == (make_docs.ROOT / "docs" / "benchmarks.md").read_text()
+    for link in make_docs.charts_in(Path(page).read_text()):
+        assert (make_docs.ROOT / "docs" / link).is_file(), link
 
 
-def test_gpu_steps_are_commands_that_parse():
-    from rpo_kernels.benchmark import bench as module
-
-    for step in STEPS:
-        if "bench" in step.arguments:
-            module.problems_of(module.parse([*step.arguments[3:], "--device", "cuda"]))
-    assert len({step.name for step in STEPS}) == len(STEPS)
-
-
-def test_gpu_step_goes_on_after_a_lost_device_and_stops_in_time(tmp_path, capfd):
-    counter = tmp_path / "counter"
-    lost_twice = f"p = open({str(counter)!r}, 'a'); p.write('x'); exit(3 if p.tell() < 3 else 0)"
-    assert run(Step("lost", 60, ["-c", lost_twice, "bench"]), 60, tmp_path) == 0
-    assert counter.read_text() == "xxx"
-    assert run(Step("slow", 1, ["-c", "print('began', flush=True); import time; time.sleep(60)"]), 1, tmp_path) == 124
-    assert "slow: exit status 124\nbegan" in (tmp_path / "log.txt").read_text()
+def test_the_units_name_the_folder():
+    machine = {"device": "AMD EPYC", "driver": None, "units": "avx512_bf16", "threads": 2}
+    assert machines.device_slug(machine) == "amd-epyc-avx512_bf16-2-threads"
+    assert machines.device_line(machine) == "AMD EPYC (avx512_bf16), 2 threads"
+    gpu = {"device": "Some GPU", "driver": "5", "units": None, "threads": 2}
+    assert machines.device_slug(gpu) == "some-gpu"
+    assert machines.same_setup(machine, dict(machine)) and not machines.same_setup(machine, gpu)
 
 
 def test_files_are_written_whole(tmp_path):

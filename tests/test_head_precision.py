@@ -1,13 +1,15 @@
 """How exact half-precision inputs come out: a 1,000-token response against float64 from the same inputs.
 
-bench/head.py prints the same errors for the peers.
+`rpo-kernels bench --case head` shows the same errors of the peers.
 """
 
 import pytest
 import torch
 
 from rpo_kernels import linear_token_logprobs
-from rpo_kernels.benchmark.problem import Inputs, Problem, find_truth
+from rpo_kernels.benchmark.inputs import Inputs
+from rpo_kernels.benchmark.problem import Problem
+from rpo_kernels.benchmark.truth import find_truth
 
 # What rounding costs that cannot be avoided: once for the gradient of the hidden states, its own; twice for that of the
 # weight, U's and its own.

@@ -1,5 +1,11 @@
-"""Benchmarks and memory profiling: what `rpo-kernels bench` and `rpo-kernels memory` run.
+"""Benchmarks: what `rpo-kernels bench` and `rpo-kernels memory` run.
 
-models -> problem (inputs, float64 truth) -> providers, peers (what is compared) -> timing, memory (how it is measured)
--> bench, capacity (what is run) -> reports, charts (what is shown).
+problem, models      what is measured
+inputs, truth        its tensors, and what they give in float64
+implementations/     what is compared
+results, machine     the result file
+references, sampling, peaks, allocations, timing, measure     how it is measured, from one sample to the run
+compare, predictions another commit beside this one; what the planner foresees
+tables, charts       what is shown
+bench, memory        the commands, which import torch when they need it
 """

@@ -1,275 +1,269 @@
 """`rpo-kernels bench`: time, memory and error of the loss layer, this package beside the alternatives."""
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from .models import MODELS, Model, find_model
+from .problem import CASES, DTYPES, Problem, sequences_of
 
-from ..head.plan import parse_budget
-from .charts import draw_bench
-from .memory import failure, measure_peaks, recorded
-from .models import MODELS, find_model
-from .problem import Inputs, Problem, Truth, find_truth, sequences_of
-from .providers import Provider, Run, providers
-from .reports import describe_machine, device_slug, print_bench, same_setup, save_json
-from .timing import (
-    DeviceLost,
-    SampleError,
-    free_memory,
-    interleave,
-    measure_bandwidth,
-    measure_gemm,
-    preserved,
-    warm_up,
-)
+if TYPE_CHECKING:
+    from rich.console import Console
 
-LEVELS = ("logits", "head", "frozen")
-_START_SECONDS = 180  # a provider that compiles longer than this is given up
-_TRUTH_FLOPS = {"cpu": 5e10}  # of the float64 check; on a GPU the whole problem is checked
-# By dtype: gradient error (relative) and log-probability error (nats a token) above which a provider is wrong.
-_TOLERANCES = {"float32": (1e-3, 1e-4), "bfloat16": (0.1, 0.02), "float16": (0.1, 0.02)}
+    from .inputs import States
+    from .measure import Plan
+
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"model": ["qwen2.5-0.5b"], "rows": {"logits": [256], "head": [64], "frozen": [64]}, "seconds": 10.0},
+    "cpu": {
+        "model": ["qwen2.5-0.5b"],
+        "rows": {"rows": 256, "logits": 256, "head": 64},
+        "case": ["logits", "head"],
+        "seconds": 10.0,
+    },
     "cuda": {
         "model": ["llama-3.1-8b", "qwen2.5-7b", "gemma-2-2b"],
-        "rows": {"logits": [8192], "head": [8192], "frozen": [8192]},
+        "rows": {"rows": 8192, "logits": 8192, "head": 8192},
+        "case": ["logits", "head", "head-frozen"],
         "seconds": 3.0,
     },
 }
+_EPILOG = "cases:\n" + "\n".join(f"  {name:<13}{case.summary}" for name, case in CASES.items())
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark that the arguments describe. Returns the exit status."""
     args = parse(argv)
+    from rich.console import Console
+
+    from .clock import DeviceLost
+
     console = Console()
-    if args.list:
-        list_providers(console, args.device)
-        return 0
     try:
-        problems = problems_of(args)
-        chosen = {level: providers(level, args.providers) for level in ("logits", "head")}
-    except ValueError as error:
-        console.print(f"rpo-kernels bench: {error}", highlight=False)
-        return 2
-    try:
-        data = run_bench(problems, chosen, args, console)
+        resolve(args)
+        if args.list:
+            list_implementations(console, args.device)
+            return 0
+        return _bench(args, console)
     except DeviceLost as error:
-        console.print(f"rpo-kernels bench: a provider broke the GPU ({error}); --resume goes on without it")
+        console.print(f"rpo-kernels bench: an implementation broke the GPU ({error}); --resume goes on without it")
         return 3
-    print_bench(console, data)
-    path = result_path(args, data["machine"])
-    charts = draw_bench(data, path.parent, path.stem)
+    except (ValueError, OSError) as error:
+        console.print(f"rpo-kernels bench: {error}", highlight=False, soft_wrap=True)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rpo-kernels bench", description=__doc__, epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--case", nargs="+", choices=CASES, metavar="CASE", help="see below (default: logits head)")
+    what.add_argument(
+        "--model",
+        nargs="+",
+        metavar="NAME",
+        help=f"shapes: {', '.join(MODELS)}; with --data a directory, hub id or .gguf file",
+    )
+    what.add_argument(
+        "--data", type=Path, metavar="FILE", help="preference data: the model's hidden states on its text"
+    )
+    what.add_argument("--rows", nargs="+", type=int, metavar="N", help="scored tokens; several make a sweep")
+    what.add_argument("--vocab", nargs="+", type=int, metavar="V", help="instead of the model's; several make a sweep")
+    what.add_argument("--responses", type=int, default=2, metavar="K", help="responses a prompt (default 2)")
+    what.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], metavar="DTYPE", help=" ".join(DTYPES)
+    )
+    what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    what.add_argument("--only", nargs="+", metavar="PART", help="implementations whose name contains one of these")
+    what.add_argument("--base", metavar="REV", help="this package's own, beside those of another commit")
+    what.add_argument("--list", action="store_true", help="list implementations, and why one cannot run, and stop")
+    how = parser.add_argument_group("how")
+    how.add_argument("--seconds", type=float, help="of sampling a problem (at least 3 samples of each are taken)")
+    how.add_argument("--memory-limit", metavar="SIZE", help='such as "16GB"; default: three quarters of what is free')
+    how.add_argument("--time-only", action="store_true", help="do not measure peak memory")
+    how.add_argument("--out", type=Path, default=Path("rpo-bench"), help="folder (default rpo-bench/)")
+    how.add_argument("--name", default="bench", help="of the result files (default bench)")
+    how.add_argument("--resume", action="store_true", help="keep what the result file holds and measure the rest")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, checked as far as can be without torch."""
+    command = parser()
+    args = command.parse_args(argv)
+    for name, least in (("rows", 1), ("vocab", 2), ("responses", 2)):
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < least:
+                command.error(f"--{name} must be at least {least}, got {number}")
+    if args.seconds is not None and not args.seconds > 0:
+        command.error(f"--seconds must be positive, got {args.seconds}")
+    if args.data and not args.model:
+        command.error("--data needs --model, the model that reads it")
+    if args.data and args.vocab:
+        command.error("--vocab is the model's where --data is given")
+    if args.base and args.device == "cuda":
+        command.error("--base compares on the CPU only")
+    if os.sep in args.name or not args.name:
+        command.error(f"--name must be a file's name, got {args.name!r}")
+    return args
+
+
+def resolve(args: argparse.Namespace) -> None:
+    """Fill in what depends on the device, and check what can fail later.
+
+    Raises:
+        ValueError, OSError: for a device that is missing, an unknown model, a limit that cannot be read, a folder that
+            cannot be written to.
+    """
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    args.device = args.device or ("cuda" if has_gpu and not args.base else "cpu")
+    if args.device == "cuda" and not has_gpu:
+        raise ValueError("--device cuda: torch finds no GPU here")
+    defaults = _DEFAULTS[args.device]
+    args.seconds = args.seconds or defaults["seconds"]
+    args.case = args.case or defaults["case"]
+    args.model = args.model or defaults["model"]
+    args.limit = memory_limit(args.memory_limit, args.device)
+    if args.data is None:
+        for name in args.model:
+            find_model(name)
+    elif not args.data.exists():
+        raise ValueError(f"--data: there is nothing at {args.data}")
+    if not args.list:
+        check_writable(args.out)
+
+
+def memory_limit(text: str | None, device: str) -> int | None:
+    """Bytes that a measured implementation may take; None, on a GPU, for what there is."""
+    import torch
+
+    from ..head.plan import parse_budget
+
+    if text is None and device != "cpu":
+        return None
+    try:
+        # Without a budget the planner takes a quarter of what is free.
+        return parse_budget(text, torch.device(device)) * (1 if text else 3)
+    except ValueError as error:
+        raise ValueError(str(error).replace("memory_budget", "--memory-limit")) from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError, naming the option, if nothing can be written to the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--out: cannot write to {folder}: {error.strerror or error}") from error
+
+
+def list_implementations(console: "Console", device: str) -> None:
+    """Each implementation with its package's version, or why it cannot run on the device."""
+    import torch
+
+    from .implementations.catalogue import find
+
+    for level in dict.fromkeys(case.level for case in CASES.values()):
+        for one in find(level):
+            state = one.unavailable_reason(device) or f"{one.package or 'torch'} {one.version or torch.__version__}"
+            console.print(f"  {level:<7}{one.name:<33}{state}", highlight=False, soft_wrap=True)
+
+
+def _bench(args: argparse.Namespace, console: "Console") -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .charts import draw
+    from .compare import checkout
+    from .machine import describe_machine
+    from .measure import run
+    from .results import new_results, result_path, resume
+    from .tables import print_tables
+
+    machine = describe_machine(args.device)
+    path = result_path(args.out, machine, args.name)
+    data = resume(path, "bench", machine) if args.resume else new_results("bench", machine)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns, console=console, transient=True))
+        task = progress.add_task("preparing", total=None)
+        other = stack.enter_context(checkout(args.base)) if args.base else None
+        plan = plan_of(args, other)
+        progress.update(task, total=plan.steps)
+        if not progress.console.is_terminal:
+            console.print(f"{plan.steps} steps, results in {path}", highlight=False, soft_wrap=True)
+
+        def report(step: str, done: int) -> None:
+            progress.update(task, advance=done, description=step or None)
+
+        run(plan, data, path, report)
+    print_tables(console, data)
+    charts = draw(data, path.parent, path.stem)
     console.print("  results: " + ", ".join(str(p) for p in [path, *charts]), highlight=False, soft_wrap=True)
     return 0
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="rpo-kernels bench", description=__doc__)
-    parser.add_argument("--model", nargs="+", metavar="NAME", help=f"shapes: {', '.join(MODELS)}")
-    parser.add_argument("--level", nargs="+", choices=LEVELS, help="default: all; on a CPU logits and head")
-    parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="scored tokens; several make a sweep")
-    parser.add_argument(
-        "--vocab", nargs="+", type=int, metavar="V", help="instead of the model's; several make a sweep"
-    )
-    parser.add_argument("--responses", type=int, default=2, metavar="K", help="responses a prompt (default 2)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--providers", nargs="+", metavar="PART", help="only those whose name contains one of these")
-    parser.add_argument("--seconds", type=float, help="of sampling a problem (at least 3 samples are taken)")
-    parser.add_argument(
-        "--memory-limit", metavar="SIZE", help='such as "16GB"; default: three quarters of what is free'
-    )
-    parser.add_argument("--out", type=Path, default=Path("rpo-bench"), help="folder (default rpo-bench/)")
-    parser.add_argument("--name", default="bench", help="of the result files (default bench)")
-    parser.add_argument("--resume", action="store_true", help="keep what the result file holds and measure the rest")
-    parser.add_argument("--list", action="store_true", help="list providers, and why one cannot run, and stop")
-    args = parser.parse_args(argv)
-    if args.responses < 2:
-        parser.error(f"--responses must be at least 2, got {args.responses}")
-    args.seconds = args.seconds or _DEFAULTS[args.device]["seconds"]
-    args.level = args.level or (LEVELS if args.device == "cuda" else LEVELS[:2])
-    return args
-
-
-def problems_of(args: argparse.Namespace) -> list[Problem]:
-    """The problems that the arguments ask for.
+def plan_of(args: argparse.Namespace, other: tuple[str, str] | None = None) -> "Plan":
+    """What the arguments ask for; `other` is the checkout of another commit, and the commit's name.
 
     Raises:
-        ValueError: for an unknown model.
+        ValueError: for an unknown implementation, or data that does not serve.
     """
-    defaults = _DEFAULTS[args.device]
-    problems = []
-    for name in args.model or defaults["model"]:
-        model = find_model(name)
-        for level in args.level:
-            for vocab in args.vocab or [model.vocab]:
-                for rows in args.rows or defaults["rows"][level]:
-                    sequences, length = sequences_of(rows, args.responses)
-                    problem = Problem(
-                        "logits" if level == "logits" else "head", name, sequences, length, vocab,
-                        0 if level == "logits" else model.hidden, args.responses, args.dtype, args.device,
-                        model.softcap, model.logit_scale, frozen=level == "frozen",
-                    )  # fmt: skip
-                    problems.append(problem)
-    return problems
+    from .compare import ROOT
+    from .implementations.catalogue import find
+    from .measure import Plan, Subject
+
+    levels = dict.fromkeys(CASES[case].level for case in args.case)
+    chosen = {level: find(level, args.only) for level in levels}
+    states = _states(args)
+    subjects: dict[str, list[Subject]] = {}
+    for level, implementations in chosen.items():
+        if other is None:
+            subjects[level] = [Subject(one) for one in implementations]
+        else:  # both in processes of their own, so that nothing but the commit differs
+            ours = [one for one in implementations if one.is_ours]
+            subjects[level] = [s for one in ours for s in (Subject(one, str(ROOT)), Subject(one, *other))]
+    return Plan(
+        problems_of(args, states), subjects, args.seconds, args.limit, states and states.path, not args.time_only
+    )
 
 
-def result_path(args: argparse.Namespace, machine: dict[str, Any]) -> Path:
-    """Where the results go: a folder for the device, a file for the run."""
-    return args.out / device_slug(machine) / f"{args.name}.json"
+def _states(args: argparse.Namespace) -> "States | None":
+    from .inputs import save_states
 
-
-def memory_limit(text: str | None, device: str) -> int | None:
-    """Bytes that a measured provider may take; None, on a GPU, for what there is."""
-    if text is None and device != "cpu":
+    if args.data is None:
         return None
-    # Without a budget the planner takes a quarter of what is free.
-    return parse_budget(text, torch.device(device)) * (1 if text else 3)
+    if len(args.model) > 1:
+        raise ValueError(f"--data takes one --model, got {len(args.model)}")
+    return save_states(args.model[0], args.data, max(problem.rows for problem in problems_of(args, None)))
 
 
-def list_providers(console: Console, device: str) -> None:
-    """Each provider with its package's version, or why it cannot run on the device."""
-    for level in ("logits", "head"):
-        for p in providers(level):
-            state = p.unavailable_reason(device) or f"{p.package or 'torch'} {p.version or torch.__version__}"
-            console.print(f"  {level:<7}{p.name:<33}{state}", highlight=False, soft_wrap=True)
-
-
-def run_bench(
-    problems: list[Problem], chosen: dict[str, list[Provider]], args: argparse.Namespace, console: Console
-) -> dict[str, Any]:
-    """Measure every provider on every problem; the result file is rewritten after each step."""
-    machine = describe_machine(args.device)
-    path = result_path(args, machine)
-    data = _start(path, machine, args.resume)
-    entries = [_entry(data, problem) for problem in problems]
-    _update_rates(data, args.device)
-    waiting = [(p, e) for p, e in zip(problems, entries) if not e.get("done")]
-    # On a CPU a provider's process measures all problems; on a GPU each problem is finished before the next.
-    batches = [waiting] if args.device == "cpu" else [[pair] for pair in waiting]
-    steps = sum(len(chosen[p.level]) for p, _ in waiting) + len(waiting)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress, saved(data, path):
-        task = progress.add_task("", total=steps)
-        for batch in batches:
-            torch._dynamo.reset()
-            for level, some in chosen.items():
-                pairs = [(p, e) for p, e in batch if p.level == level]
-                for provider in some if pairs else []:
-                    progress.update(task, description=f"memory: {provider.name}")
-                    _measure_memory(provider, pairs, memory_limit(args.memory_limit, args.device), data, path)
-                    progress.advance(task, len(pairs))
-            for problem, entry in batch:
-                progress.update(task, description=f"time: {problem.title}")
-                _measure_time(problem, entry, chosen[problem.level], args.seconds)
-                _update_rates(data, args.device)
-                entry["done"] = True
-                progress.advance(task)
-                save_json(data, path)
-    return data
-
-
-def _update_rates(data: dict[str, Any], device: str) -> None:
-    """Measured again beside every problem, the best kept: on a busy machine one moment says little."""
-    known = data.get("rates", {})
-    data["rates"] = {name: max(rate, known.get(name, 0.0)) for name, rate in measure_bandwidth(device).items()}
-
-
-@contextmanager
-def saved(data: dict[str, Any], path: Path) -> Iterator[None]:
-    """However the block ends, what was measured is on disk."""
-    try:
-        yield
-    finally:
-        save_json(data, path)
-
-
-def _start(path: Path, machine: dict[str, Any], resume: bool) -> dict[str, Any]:
-    if resume and path.exists():
-        data = json.loads(path.read_text())
-        if same_setup(data["machine"], machine):
-            return data
-    return {"kind": "bench", "machine": machine, "problems": []}
-
-
-def _entry(data: dict[str, Any], problem: Problem) -> dict[str, Any]:
-    for entry in data["problems"]:
-        if entry["title"] == problem.title:
-            return entry
-    entry = {"title": problem.title, "problem": problem._asdict(), "providers": {}}
-    data["problems"].append(entry)
-    return entry
-
-
-def _measure_memory(provider: Provider, pairs: list, limit: int | None, data: dict[str, Any], path: Path) -> None:
-    new = [(p, e) for p, e in pairs if provider.name not in e["providers"]]
-    for _, entry in new:  # what stands if this process does not survive
-        entry["providers"][provider.name] = {"status": "failed", "reason": "the process did not survive it"}
-    save_json(data, path)
-    for (_, entry), result in zip(new, measure_peaks(provider, [p for p, _ in new], limit) if new else []):
-        entry["providers"][provider.name] = result
-    save_json(data, path)
-
-
-def _measure_time(problem: Problem, entry: dict[str, Any], chosen: list[Provider], seconds: float) -> None:
-    """Check, then time, the providers whose memory could be measured."""
-    if problem.device == "cpu":
-        torch._dynamo.reset()
-    if problem.level == "head":
-        entry["gemm_dtype"], entry["gemm_s"] = measure_gemm(problem)
-    small = problem.small(_TRUTH_FLOPS.get(problem.device, 3e14))
-    entry["checked_rows"] = small.rows
-    small_inputs = Inputs.make(small)
-    truth = find_truth(small_inputs)
-    inputs = small_inputs if small == problem else Inputs.make(problem)
-    runs = {}
-    for provider in chosen:
-        result = entry["providers"][provider.name]
-        if result["status"] != "ok":
-            continue
-        with recorded(result, problem.device, _START_SECONDS):
-            run = provider.load(problem)
-            result["errors"] = check(run, small_inputs, truth, provider.inplace)
-            result.update(verdict(result["errors"], small, provider.approximate))
-            if result["status"] == "ok":
-                warm_up(run, inputs, provider.inplace)
-                runs[provider.name] = run
-    _sample(runs, inputs, {provider.name for provider in chosen if provider.inplace}, entry, seconds)
-    del inputs, small_inputs, truth
-    free_memory(problem.device)
-
-
-def _sample(runs: dict[str, Run], inputs: Inputs, inplace: set[str], entry: dict[str, Any], seconds: float) -> None:
-    """Time the providers; one that fails is left out and the others start again."""
-    try:
-        for name, samples in interleave(runs, inputs, inplace, seconds).items():
-            entry["providers"][name].update(samples._asdict())
-    except SampleError as error:
-        name, message = error.args
-        entry["providers"][name].update(failure(message))
-        free_memory(inputs.problem.device)
-        _sample({n: run for n, run in runs.items() if n != name}, inputs, inplace, entry, seconds)
-
-
-def check(run: Run, inputs: Inputs, truth: Truth, inplace: bool) -> dict[str, float]:
-    """A provider's errors against float64."""
-    with preserved(inputs, inplace):
-        loss, logps = run(inputs)
-        grads = dict(zip(inputs.leaves, torch.autograd.grad(loss, list(inputs.leaves.values()))))
-        return truth.errors(loss.detach(), logps.detach(), grads)
-
-
-def verdict(errors: dict[str, float], problem: Problem, approximate: bool) -> dict[str, str | None]:
-    """Whether a provider's results are right for the dtype: `status` ok or wrong, and `reason`."""
-    gradient, nats = _TOLERANCES["bfloat16" if approximate else problem.dtype]
-    for name, error in errors.items():
-        allowed = gradient if name.startswith("grad_") else nats * problem.length
-        if not error <= allowed:  # NaN is wrong too
-            return {"status": "wrong", "reason": f"{name} is off by {error:.2g}, allowed is {allowed:.2g}"}
-    return {"status": "ok", "reason": None}
+def problems_of(args: argparse.Namespace, states: "States | None") -> list[Problem]:
+    """The problems that the arguments ask for, with the sizes of a published model or of a model's states."""
+    problems = []
+    for name in args.model:
+        shape: Model = find_model(name) if args.data is None else Model(1, 2, 0, 0)
+        if states is not None:
+            shape = shape._replace(**{f: getattr(states, f) for f in ("hidden", "vocab", "softcap", "logit_scale")})
+        label, text = (name, None) if args.data is None else (Path(name).stem, args.data.name)
+        for case in args.case:
+            level = CASES[case].level
+            for dtype in args.dtype:
+                for vocab in args.vocab or [shape.vocab]:
+                    for rows in args.rows or [_DEFAULTS[args.device]["rows"][level]]:
+                        sequences, length = sequences_of(rows, args.responses)
+                        problems.append(
+                            Problem(
+                                case, label, sequences, length, vocab, shape.hidden if level == "head" else 0,
+                                args.responses, dtype, args.device, shape.softcap, shape.logit_scale, text,
+                            )
+                        )  # fmt: skip
+    return problems

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from .reports import describe_machine, device_slug, same_setup, save_json
+from rpo_kernels.benchmark.machine import describe_machine, device_slug, same_setup
+from rpo_kernels.benchmark.results import save_json
 
 TOTAL_SECONDS = 8.5 * 60
 _CLI = ["-m", "rpo_kernels.cli"]
@@ -39,16 +40,17 @@ def _bench(name: str, arguments: str, seconds: int = 150) -> Step:
 
 STEPS = [
     Step("tests", 150, ["-m", "pytest", "-q", "-m", "not real", *_PARALLEL, "tests"]),
-    _bench("shapes", "--model llama-3.1-8b --level head"),
-    _bench("shapes", "--model llama-3.1-8b --level frozen logits"),
+    _bench("shapes", "--model llama-3.1-8b --case head head-eval"),
+    _bench("shapes", "--model llama-3.1-8b --case head-frozen logits"),
     Step(
         "memory",
         120,
         [*_CLI, "memory", "--model", "llama-3.1-8b", "--responses", "4", "--length", "2048"],
     ),
-    _bench("shapes", "--model gemma-2-2b --level head logits"),
-    _bench("rows", "--model llama-3.1-8b --level head --rows 2048 8192 32768 131072 --seconds 2", 180),
-    _bench("vocab", "--model llama-3.1-8b --level logits --vocab 32000 65536 128256 262144 --seconds 2"),
+    _bench("shapes", "--model gemma-2-2b --case head logits"),
+    _bench("rows", "--model llama-3.1-8b --case head --rows 2048 8192 32768 131072 --seconds 2", 180),
+    _bench("vocab", "--model llama-3.1-8b --case logits --vocab 32000 65536 128256 262144 --seconds 2"),
+    _bench("shapes", "--model llama-3.1-8b --case rows logits-eval"),
     _bench("shapes", "--model qwen2.5-7b"),
 ]
 

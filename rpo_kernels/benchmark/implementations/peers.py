@@ -3,20 +3,21 @@
 import torch
 from torch import Tensor
 
-from .problem import BETA, Inputs, Problem
-from .providers import Run, Unavailable, provider
+from ..inputs import Inputs
+from ..problem import BETA, Problem
+from .registry import Run, Unavailable, implementation
 
 _TRL_COLUMNS = 32768  # vocabulary columns a tile, TRL's own setting
 
 
-@provider("TRL selective_log_softmax", "logits", package="trl", lift="TRL selective_log_softmax")
+@implementation("TRL selective_log_softmax", "logits", package="trl", head_name="TRL selective_log_softmax")
 def _(problem: Problem) -> Run:
     from trl.trainer.utils import selective_log_softmax
 
     return lambda x: x.loss(selective_log_softmax(x.transformed(x.logits), x.labels))
 
 
-@provider("TRL chunked log-probs", "head", package="trl")
+@implementation("TRL chunked log-probs", "head", package="trl")
 def _(problem: Problem) -> Run:
     from trl.kernels import ChunkedLogProbFunction
 
@@ -28,7 +29,7 @@ def _(problem: Problem) -> Run:
     return run
 
 
-@provider("Liger cross-entropy", "logits", package="liger-kernel", device="cuda", inplace=True)
+@implementation("Liger cross-entropy", "logits", package="liger-kernel", device="cuda", inplace=True)
 def _(problem: Problem) -> Run:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
@@ -40,7 +41,7 @@ def _(problem: Problem) -> Run:
     return run
 
 
-@provider("Liger fused linear DPO", "head", package="liger-kernel")
+@implementation("Liger fused linear DPO", "head", package="liger-kernel")
 def _(problem: Problem) -> Run:
     if problem.responses != 2:
         raise Unavailable("takes pairs only (K = 2)")
@@ -56,27 +57,27 @@ def _(problem: Problem) -> Run:
     return run
 
 
-@provider("cut-cross-entropy", "head", package="cut-cross-entropy", device="cuda", approximate=True)
+@implementation("cut-cross-entropy", "head", package="cut-cross-entropy", device="cuda", approximate=True)
 def _(problem: Problem) -> Run:
     return _cut_cross_entropy(problem, impl="cce")
 
 
-@provider("cut-cross-entropy unfiltered", "head", package="cut-cross-entropy", device="cuda")
+@implementation("cut-cross-entropy unfiltered", "head", package="cut-cross-entropy", device="cuda")
 def _(problem: Problem) -> Run:
     return _cut_cross_entropy(problem, impl="cce", filter_eps=None)
 
 
-@provider("cut-cross-entropy torch_compile", "head", package="cut-cross-entropy")
+@implementation("cut-cross-entropy torch_compile", "head", package="cut-cross-entropy")
 def _(problem: Problem) -> Run:
     return _cut_cross_entropy(problem, impl="torch_compile")
 
 
-@provider("QuACK cross-entropy", "logits", package="quack-kernels", device="cuda")
+@implementation("QuACK cross-entropy", "logits", package="quack-kernels", device="cuda")
 def _(problem: Problem) -> Run:
     return _quack(problem)
 
 
-@provider("QuACK cross-entropy in place", "logits", package="quack-kernels", device="cuda", inplace=True)
+@implementation("QuACK cross-entropy in place", "logits", package="quack-kernels", device="cuda", inplace=True)
 def _(problem: Problem) -> Run:
     return _quack(problem, inplace_backward=True)
 

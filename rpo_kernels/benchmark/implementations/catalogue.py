@@ -1,0 +1,26 @@
+"""All implementations."""
+
+from collections.abc import Sequence
+
+from . import ours, peers, plain  # noqa: F401  (they register)
+from .registry import REGISTRY, Implementation
+
+
+def find(level: str, names: Sequence[str] | None = None) -> list[Implementation]:
+    """Implementations of a level, all or those whose name contains one of `names`; each of its own level first.
+
+    Raises:
+        ValueError: if no implementation of any level is so named.
+    """
+    for name in names or []:
+        if not any(name.lower() in one.name.lower() for one in REGISTRY):
+            known = sorted({one.name for one in REGISTRY})
+            raise ValueError(f"an implementation must be part of one of the names {', '.join(known)}; got {name!r}")
+    found = [one for one in REGISTRY if one.level == level]
+    return [one for one in found if not names or any(name.lower() in one.name.lower() for name in names)]
+
+
+def find_one(level: str, name: str) -> Implementation:
+    """The implementation of a level with this very name."""
+    (one,) = (one for one in REGISTRY if one.level == level and one.name == name)
+    return one

@@ -1,0 +1,144 @@
+"""The run of a benchmark: peak memory of everything, then time, the result file rewritten after each step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .clock import free_memory
+from .implementations.registry import Implementation
+from .peaks import PeakSettings, measure_peaks
+from .problem import Problem
+from .results import Entry, begin, entry_of, failure, is_pending, save_json, was_timed
+from .sampling import Sample, SampleError, columns, interleave
+from .timing import Worker, load
+
+
+class Subject(NamedTuple):
+    """What is measured under a name: an implementation, of this checkout or of another one."""
+
+    implementation: Implementation
+    tree: str | None = None  # the other checkout
+    commit: str | None = None  # its name
+
+    @property
+    def name(self) -> str:
+        return self.implementation.name + (f" @ {self.commit}" if self.commit else "")
+
+
+class Plan(NamedTuple):
+    """What to measure, and how."""
+
+    problems: list[Problem]
+    subjects: dict[str, list[Subject]]  # by level
+    seconds: float  # of sampling, a problem
+    limit: int | None = None  # bytes that a measured implementation may take
+    states: Path | None = None  # hidden states of real text
+    memory: bool = True
+
+    def of(self, problem: Problem) -> list[Subject]:
+        return self.subjects[problem.kind.level]
+
+    @property
+    def steps(self) -> int:
+        return sum(self.memory * len(self.of(problem)) + 1 for problem in self.problems)
+
+
+Report = Callable[[str, int], None]  # what is being done, and how many steps are done since the last call
+
+
+def run(plan: Plan, data: dict[str, Any], path: Path, report: Report) -> None:
+    """Measure what `data` does not hold yet.
+
+    Raises:
+        DeviceLost: if an implementation left the GPU unusable; the next run goes on without it.
+    """
+    on_gpu = plan.problems[0].device != "cpu"
+    # On a CPU an implementation's process measures all problems; on a GPU each problem is finished before the next.
+    batches = [[problem] for problem in plan.problems] if on_gpu else [plan.problems]
+    with _saved(data, path):
+        for batch in batches:
+            torch._dynamo.reset()
+            if plan.memory:
+                _measure_memory(plan, batch, data, path, report)
+            for problem in batch:
+                report(f"time: {problem.title}", 0)
+                _measure_time(plan, problem, entry_of(data, problem), lambda: save_json(data, path))
+                report("", 1)
+                save_json(data, path)
+
+
+@contextmanager
+def _saved(data: dict[str, Any], path: Path) -> Iterator[None]:
+    """However the block ends, what was measured is on disk; what the user interrupts counts as not begun."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for entry in data["problems"]:
+            entry["results"] = {n: r for n, r in entry["results"].items() if r["status"] != "interrupted"}
+        raise
+    finally:
+        save_json(data, path)
+
+
+def _measure_memory(plan: Plan, batch: list[Problem], data: dict[str, Any], path: Path, report: Report) -> None:
+    for level, subjects in plan.subjects.items():
+        problems = [problem for problem in batch if problem.kind.level == level]
+        for subject in subjects if problems else []:
+            report(f"memory: {subject.name}", 0)
+            entries = [entry_of(data, problem) for problem in problems]
+            new = [(p, e) for p, e in zip(problems, entries) if is_pending(e["results"].get(subject.name))]
+            for _, entry in new:
+                begin(entry, subject.name)
+            save_json(data, path)
+            settings = PeakSettings(plan.limit, str(plan.states) if plan.states else None, tree=subject.tree)
+            peaks = measure_peaks(subject.implementation, [p for p, _ in new], settings) if new else []
+            for (_, entry), result in zip(new, peaks):
+                entry["results"][subject.name] = result
+            report("", len(problems))
+
+
+def _measure_time(plan: Plan, problem: Problem, entry: Entry, save: Callable[[], None]) -> None:
+    """Time the problem's subjects together, unless all of them have been."""
+    results = entry["results"]
+    right = [s for s in plan.of(problem) if is_pending(results.get(s.name)) or results[s.name]["status"] == "ok"]
+    if all(s.name in results and was_timed(results[s.name]) for s in right):
+        return
+    for subject in right:
+        begin(entry, subject.name)
+    save()
+    trees = {subject.tree: [s for s in right if s.tree == subject.tree] for subject in right}
+    workers, samplers = [], {}
+    try:
+        for tree, subjects in trees.items():
+            implementations = [subject.implementation for subject in subjects]
+            if tree is None:
+                loaded = load(problem, implementations, plan.states)
+            else:
+                workers.append(Worker(tree, problem, implementations, plan.states))
+                loaded = workers[-1].loaded
+            entry.update(loaded.facts)
+            for subject in subjects:
+                results[subject.name].update(loaded.results[subject.implementation.name])
+                results[subject.name].pop("attempts")
+                if sampler := loaded.samplers.get(subject.implementation.name):
+                    samplers[subject.name] = sampler
+        _sample(samplers, entry, plan.seconds, problem.device)
+    finally:
+        for worker in workers:
+            worker.close()
+        free_memory(problem.device)
+
+
+def _sample(samplers: dict[str, Callable[[], Sample]], entry: Entry, seconds: float, device: str) -> None:
+    """Time the implementations; one that fails is left out and the others start again."""
+    try:
+        for name, samples in interleave(samplers, seconds).items():
+            entry["results"][name].update(columns(samples))
+    except SampleError as error:
+        name, message = error.args
+        entry["results"][name].update(failure(message))
+        free_memory(device)
+        _sample({n: sampler for n, sampler in samplers.items() if n != name}, entry, seconds, device)
