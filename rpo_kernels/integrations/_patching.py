@@ -77,10 +77,12 @@ class Patch:
 
 def run_patched(patch: Callable[[], object], module: str) -> None:
     """`python -m <module> TRAINER_MODULE [arguments]`: run the trainer's module as a program, patched."""
-    if len(sys.argv) < 2:
+    # A launcher's own options, such as --local_rank=0, stand before it.
+    at = next((i for i, argument in enumerate(sys.argv) if i > 0 and not argument.startswith("-")), None)
+    if at is None:
         sys.exit(f"usage: python -m {module} TRAINER_MODULE [its arguments]")
     patch()
-    sys.argv = sys.argv[1:]
+    sys.argv = [sys.argv[at], *sys.argv[1:at], *sys.argv[at + 1 :]]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
