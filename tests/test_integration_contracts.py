@@ -1,6 +1,7 @@
 """Integrations with trainers that are not installed here, against contracts written down from their code.
 
-Each stand-in has the names, parameters and results of the trainer's functions, in plain torch: OpenRLHF at 3c3be623, LLaMA-Factory at ff6d4d12, ms-swift at 3602360a, axolotl at 067b021c, NeMo-RL at 7ea279ab.
+Each stand-in has the names, parameters and results of the trainer's functions, in plain torch, as they are in
+OpenRLHF 3c3be623, LLaMA-Factory ff6d4d12, ms-swift 3602360a, axolotl 067b021c and NeMo-RL 7ea279ab.
 Nothing here runs the trainers themselves.
 """
 
