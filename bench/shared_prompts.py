@@ -15,6 +15,7 @@ import gc
 import json
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def measure(args: argparse.Namespace) -> None:
     trained = {name: Trained(args, form) for name, form in FORMS.items()}
     first = trained["padded"]
     for example in data:
-        example.ref_logps = response_logps_by_group(first.model, first.form([example]), first.layer)[0].tolist()
+        example.ref_logps = response_logps_by_group(first.model, FORMS["shared"]([example]), first.layer)[0].tolist()
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in FORMS}
     run = {
         "problem": {name: getattr(args, name) for name in ("context", "max_length", "dtype", "learning_rate")},
@@ -122,10 +123,10 @@ def predicted(model: torch.nn.Module, data: list[Example]) -> dict[str, float]:
 
 
 def summary(run: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each form: processor time of the steps but the first, tokens of all, largest peak."""
+    """Of each form: median seconds of the steps but the first, tokens of all, largest peak."""
     return {
         name: {
-            "seconds": sum(step["processor_seconds"] for step in steps[1:]) / len(steps[1:]),
+            "seconds": median(step["seconds"] for step in steps[1:]),
             "tokens": sum(step["tokens"] for step in steps),
             "peak_bytes": max(step["peak_bytes"] for step in steps[1:]),
         }
@@ -145,7 +146,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         for name, form in forms.items():
             cells = [f"{form['seconds']:.2f}", f"{form['tokens']:,}", format_bytes(form["peak_bytes"])]
             lines.append(f"| {title} | {name} | {' | '.join(cells)} |")
-        ratios = {key: forms["padded"][key] / forms["shared"][key] for key in ("seconds", "tokens", "peak_bytes")}
+        pairs = list(zip(run["steps"]["padded"][1:], run["steps"]["shared"][1:]))
+        ratios = {key: forms["padded"][key] / forms["shared"][key] for key in ("tokens", "peak_bytes")}
+        ratios["seconds"] = median(a["seconds"] / b["seconds"] for a, b in pairs)
         cells = [f"{ratios['seconds']:.2f} (predicted {run['predicted']['operations']:.2f})"]
         cells += [f"{ratios['tokens']:.2f}", f"{ratios['peak_bytes']:.2f}"]
         lines.append(f"| {title} | padded / shared | {' | '.join(cells)} |")
@@ -173,7 +176,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     limit = max(speed.get_xlim()[1], speed.get_ylim()[1])
     speed.plot([1, limit], [1, limit], color="gray", linewidth=0.8)
     speed.set_xlabel("tokens, padded / shared")
-    speed.set_ylabel("processor time, padded / shared")
+    speed.set_ylabel("seconds of a step, padded / shared")
     speed.legend(fontsize="small")
     for name, style in (("padded", dict(linewidth=3, alpha=0.4)), ("shared", dict(linewidth=1, color="black"))):
         losses.plot([step["loss"] for step in runs[0]["steps"][name]], label=name, **style)

@@ -9,10 +9,12 @@ pytest.importorskip("transformers")
 
 from torch.nn.utils.rnn import pad_sequence
 
+from rpo_kernels import token_logprobs
 from rpo_kernels.shared_prompts import (
     SharedPromptCollator,
     attention_mask,
     check_shared_prompts,
+    labels_beside_inputs,
     pack_by_tokens,
     tree_mask_function,
     unsupported_reason,
@@ -198,3 +200,24 @@ def test_flex_attention(family):
         expected = padded_logps(tiny(family, "eager", **sizes), ragged_groups())
         logps = shared_logps(tiny(family, "flex_attention", **sizes), ragged_groups())
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_labels_beside_inputs():
+    """The form in which every label has a row of its own: against separate sequences, in values and gradients."""
+    groups = [g | {"responses": [r for r in g["responses"] if r]} for g in ragged_groups()]
+    results = []
+    for shared in (False, True):
+        model = tiny("gemma3", "sdpa")
+        if shared:
+            batch = labels_beside_inputs([(g["prompt"], g["responses"]) for g in groups])
+            inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+            logits = model(**inputs, attention_mask=attention_mask(model, batch), use_cache=False).logits[0]
+            tokens = token_logprobs(logits, batch["labels"][0], shift=True)
+            logps = torch.segment_reduce(tokens, "sum", offsets=batch["cu_seqlens"])
+        else:
+            logps = padded_logps(model, groups)
+        (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+        results.append((logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (expected, gradient), (logps, own) = results
+    torch.testing.assert_close(logps, expected, rtol=1e-6, atol=1e-5)
+    assert (own - gradient).norm() <= 1e-5 * gradient.norm()

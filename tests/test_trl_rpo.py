@@ -124,6 +124,28 @@ def test_a_precomputed_reference_is_the_same(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("truncation", [dict(), dict(max_length=14), dict(max_length=14, truncation_mode="keep_end")])
+def test_shared_prompts_train_the_same(truncation, tmp_path):
+    """Each prompt once in a row or before each response: the same losses, metrics and weights."""
+    options = dict(ref_model=False, peft_config=peft.LoraConfig(**LORA)) if not truncation else {}
+    trainers = [
+        build(tmp_path / form, groups(), RPO(beta=0.5), shared_prompts=form, seed=0, **options, **truncation)
+        for form in ("on", "off")
+    ]
+    rows = [next(iter(trainer.get_train_dataloader()))["input_ids"] for trainer in trainers]
+    if truncation.get("truncation_mode") != "keep_end":
+        assert len(rows[0]) == 1 and rows[0].numel() < rows[1].numel()
+    assert_same(*(record(trainer) for trainer in trainers))
+
+
+def test_a_model_that_cannot_share_is_named(tmp_path):
+    policy = model()
+    policy.config._attn_implementation = "flash_attention_2"
+    args = RPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], shared_prompts="on")
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        RPOTrainer(policy, model(seed=1), args, processing_class=tokenizer(), train_dataset=groups())
+
+
 def test_an_adapter_and_its_reference(tmp_path):
     """The reference is the model without the adapter: the first step is at the reference."""
     trainer = build(tmp_path, groups(), RPO(), ref_model=False, peft_config=peft.LoraConfig(**LORA))

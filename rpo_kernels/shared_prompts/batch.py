@@ -61,6 +61,38 @@ class SharedPromptCollator:
         return batch
 
 
+def labels_beside_inputs(
+    groups: Sequence[tuple[list[int], list[list[int]]]], ignore_index: int = -100
+) -> dict[str, Tensor]:
+    """A row of shared prompts for losses that score `labels[t]` with the logits at `t - 1`, as trainers usually do.
+
+    Each response starts with a copy of its prompt's last token, so that every label has a place and a row of its own:
+    K - 1 tokens a group more than `SharedPromptCollator`, and only the prompts are shared.
+
+    Args:
+        groups: prompts and their responses, as token ids.
+        ignore_index: the label of what is not scored.
+
+    Returns:
+        `input_ids`, `position_ids`, `visible_until` and `labels`, `[1, T]`, and `cu_seqlens` `[B + 1]`: the parts of
+        the row that end with each response, the first of a group with its prompt.
+    """
+    row = TreeRow()
+    labels: list[int] = []
+    ends = [0]
+    for prompt, responses in groups:
+        start = row.open(prompt[:-1], 0)
+        for response in responses:
+            branch = row.open([prompt[-1], *response], len(prompt) - 1)
+            row.close(branch, len(response) + 1)
+            labels += [ignore_index] * (branch - len(labels) + 1) + response
+            ends.append(len(labels))
+        row.close(start, len(prompt) - 1)
+    of_tokens = {"input_ids": row.input_ids, "position_ids": row.position_ids, "visible_until": row.visible_until}
+    tensors = {name: torch.tensor([values]) for name, values in (of_tokens | {"labels": labels}).items()}
+    return tensors | {"cu_seqlens": torch.tensor(ends)}
+
+
 def row_tensors(row: TreeRow) -> dict[str, Tensor]:
     """The row as tensors: what the model takes `[1, T]`, the labels' packed `[N]`."""
     of_tokens = ("input_ids", "position_ids", "visible_until")

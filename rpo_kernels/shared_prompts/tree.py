@@ -32,10 +32,10 @@ class TreeRow:
             raise ValueError(
                 "prompt must hold at least one token, from which the responses' first tokens are predicted"
             )
-        start = self._append(prompt, 0)
+        start = self.open(prompt, 0)
         places: list[list[int]] = [[len(self.input_ids) - 1] for _ in responses]
         self._branch(responses, list(range(len(responses))), 0, len(prompt), places)
-        self._end_branch(start, len(prompt))
+        self.close(start, len(prompt))
         for response, place in zip(responses, places, strict=True):
             self.labels += response
             self.label_rows += place[: len(response)]
@@ -56,20 +56,22 @@ class TreeRow:
                 by_token.setdefault(responses[member][depth], []).append(member)
         for branch in by_token.values():
             end = _common_length([responses[member] for member in branch], depth)
-            start = self._append(responses[branch[0]][depth:end], position)
+            start = self.open(responses[branch[0]][depth:end], position)
             for member in branch:
                 places[member] += range(start, len(self.input_ids))
             self._branch(responses, branch, end, position + end - depth, places)
-            self._end_branch(start, end - depth)
+            self.close(start, end - depth)
 
-    def _append(self, tokens: list[int], position: int) -> int:
+    def open(self, tokens: list[int], position: int) -> int:
+        """Append a branch's tokens, which stand at `position` and after; returns where the first one is placed."""
         start = len(self.input_ids)
         self.input_ids += tokens
         self.position_ids += range(position, position + len(tokens))
         self.visible_until += [0] * len(tokens)
         return start
 
-    def _end_branch(self, start: int, length: int) -> None:
+    def close(self, start: int, length: int) -> None:
+        """End the branch of `length` tokens from `start` on: what is appended now does not continue it."""
         self.visible_until[start : start + length] = [len(self.input_ids)] * length
 
 

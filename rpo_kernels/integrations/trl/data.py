@@ -9,6 +9,8 @@ from transformers.data.data_collator import DataCollatorMixin
 from trl.data_utils import _tokenize, common_prefix_length, extract_prompt, is_conversational
 from trl.trainer.utils import pad
 
+from ...shared_prompts import labels_beside_inputs
+
 TOKENIZED = ("prompt_ids", "responses_ids", "rewards")
 
 
@@ -17,7 +19,9 @@ class GroupCollator(DataCollatorMixin):
     """Batches examples with `prompt_ids`, `responses_ids` (K lists), `rewards` (K) and, where computed, `ref_logps`.
 
     The responses of all groups stand one below the other, group after group: `input_ids`, `attention_mask` and
-    `completion_mask` `[B, T]`, `rewards`, `group_ids` and `ref_logps` `[B]`.
+    `completion_mask` `[B, T]`, `rewards`, `group_ids` and `ref_logps` `[B]`. With `shared_prompts` they stand one after
+    the other behind their prompt: `input_ids`, `position_ids`, `visible_until` and `completion_mask` `[1, T]`, and
+    `cu_seqlens` `[B + 1]`, see `rpo_kernels.shared_prompts.labels_beside_inputs`, and `num_tokens` of the sequences.
     """
 
     pad_token_id: int
@@ -25,31 +29,56 @@ class GroupCollator(DataCollatorMixin):
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
+    shared_prompts: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch."""
+        sizes = [len(example["responses_ids"]) for example in examples]
+        rewards = [reward for example in examples for reward in example["rewards"]]
+        ref_logps = [
+            logp  # of each group padded to the widest
+            for example in examples
+            for logp in example.get("ref_logps", [])[: len(example["rewards"])]
+        ]
+        batch = self._shared(examples) if self.shared_prompts else self._padded(examples)
+        batch["rewards"] = torch.tensor(rewards, dtype=torch.float32)
+        batch["group_ids"] = torch.repeat_interleave(torch.tensor(sizes))
+        if ref_logps:
+            batch["ref_logps"] = torch.tensor(ref_logps, dtype=torch.float32)
+        return batch
+
+    def _shared(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        groups = []
+        for example in examples:
+            prompt, responses = [*example["prompt_ids"]], [[*response] for response in example["responses_ids"]]
+            if not prompt:
+                return self._padded(examples)  # nothing to share
+            if self.max_length is not None:
+                room = self.max_length - len(prompt)
+                if self.truncation_mode == "keep_end" and any(len(response) > room for response in responses):
+                    return self._padded(examples)  # each response keeps another part of the prompt
+                responses = [response[:room] for response in responses]
+            groups.append((prompt, responses))
+        row = labels_beside_inputs(groups)
+        # As TRL counts them, each response with its prompt.
+        tokens = sum(len(prompt) + len(response) for prompt, responses in groups for response in responses)
+        return row | {"completion_mask": (row.pop("labels") != -100).long(), "num_tokens": torch.tensor(tokens)}
+
+    def _padded(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         kept = slice(None, self.max_length)
         if self.max_length is not None and self.truncation_mode == "keep_end":
             kept = slice(-self.max_length, None)
-        tokens, scored, group_ids, rewards, ref_logps = [], [], [], [], []
-        for group, example in enumerate(examples):
+        tokens, scored = [], []
+        for example in examples:
             prompt = example["prompt_ids"]
             for response in example["responses_ids"]:
                 tokens.append(torch.tensor([*prompt, *response][kept]))
                 scored.append(torch.tensor([*[0] * len(prompt), *[1] * len(response)][kept]))
-                group_ids.append(group)
-            rewards += example["rewards"]
-            ref_logps += example.get("ref_logps", [])[: len(example["rewards"])]  # padded to the widest group
-        batch = {
+        return {
             "input_ids": self._pad(tokens, self.pad_token_id),
             "attention_mask": self._pad([torch.ones_like(x) for x in tokens], 0),
             "completion_mask": self._pad(scored, 0),
-            "rewards": torch.tensor(rewards, dtype=torch.float32),
-            "group_ids": torch.tensor(group_ids),
         }
-        if ref_logps:
-            batch["ref_logps"] = torch.tensor(ref_logps, dtype=torch.float32)
-        return batch
 
     def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
         return pad(rows, value, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)

@@ -11,14 +11,18 @@ import torch
 import transformers
 import trl
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
 
 from ... import objectives
 from ...objectives import Objective
 from ...preference import RPOOutput, preference_loss
 from ...sequences import Groups, find_groups
+from ...shared_prompts import attention_mask, check_shared_prompts
 from .data import GroupCollator, tokenize_groups
 from .patching import patched
 
+logger = logging.get_logger(__name__)
 # What RPOTrainer overrides of DPOTrainer, with the parameters that it relies on.
 _OVERRIDDEN = {
     "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
@@ -39,6 +43,8 @@ class RPOConfig(trl.DPOConfig):
         objective_kwargs: its parameters beside `beta`, as a dict or a JSON string: `{"eta": 0.5, "distance": "sq"}`.
         reward_columns: columns of the data that hold the rewards of `chosen` and `rejected`, where it has those.
         memory_budget, gradient_filter: as in `linear_token_logprobs`.
+        shared_prompts: `"auto"`, `"on"` or `"off"`: compute each prompt once for its responses, without padding, where
+            that is exact (`rpo_kernels.shared_prompts`); `"on"` is an error elsewhere.
     """
 
     _VALID_DICT_FIELDS = trl.DPOConfig._VALID_DICT_FIELDS + ["objective_kwargs"]
@@ -52,6 +58,9 @@ class RPOConfig(trl.DPOConfig):
         metadata={"help": "Columns with the rewards of chosen and rejected."},
     )
     memory_budget: str | None = field(default=None, metadata={"help": "Memory of the LM head's pass, as 512MB."})
+    shared_prompts: str = field(
+        default="auto", metadata={"help": "Compute each prompt once for its responses: auto, on or off."}
+    )
     gradient_filter: float | None = field(
         default=None, metadata={"help": "Leave columns of the vocabulary out whose gradients are all below this."}
     )
@@ -125,6 +134,24 @@ class RPOTrainer(trl.DPOTrainer):
         )
         self._most_responses = 0
         super().__init__(model, ref_model, args=args, processing_class=processing_class, **kwargs)
+        if isinstance(self.data_collator, GroupCollator):
+            self.data_collator.shared_prompts = self._may_share(args.shared_prompts)
+
+    def _may_share(self, wanted: str) -> bool:
+        if wanted == "off":
+            return False
+        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        try:
+            if self.aux_loss_enabled:
+                raise ValueError("the auxiliary loss of experts counts tokens")
+            for model in models:
+                check_shared_prompts(self.accelerator.unwrap_model(model))
+        except ValueError as error:
+            if wanted == "on":
+                raise
+            logger.warning(f"{error}; each response is computed with its own prompt, padded")
+            return False
+        return True
 
     # ----------------------------------------------------------------------------------------------------------- data
 
@@ -156,10 +183,17 @@ class RPOTrainer(trl.DPOTrainer):
 
     def _ref_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The reference's log-probability of each response, `[B]`."""
-        inputs = {**_model_inputs(inputs), "completion_mask": inputs["completion_mask"]}
+        model_inputs = {**_model_inputs(model, inputs), "completion_mask": inputs["completion_mask"]}
+        outputs: list[Any] = []
+
+        def keep(**arguments: Any) -> Any:
+            outputs.append(model(**arguments))
+            return outputs[-1]
+
         with patched(self.args.memory_budget, self.args.gradient_filter):
-            halves = super().compute_ref_log_probs(model, inputs)  # of the batch, whatever is in them
-        return torch.cat(halves)
+            super().compute_ref_log_probs(keep, model_inputs)  # its sums are those of pairs
+        length = inputs["completion_mask"].shape[1] - 1
+        return _by_response(outputs[0].log_probs, length, inputs).sum(-1)
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
@@ -167,7 +201,7 @@ class RPOTrainer(trl.DPOTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective's mean over the groups of a batch."""
-        model_inputs = _model_inputs(inputs)
+        model_inputs = _model_inputs(model, inputs)
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         with patched(self.args.memory_budget, self.args.gradient_filter):
             outputs = model(
@@ -177,9 +211,14 @@ class RPOTrainer(trl.DPOTrainer):
                 labels=labels,
                 fused_lm_head=True,
             )
-        labels = labels[:, 1:]
+        length = labels.shape[1] - 1
+        labels = _by_response(labels, length, inputs, -100)
+        figures = {
+            name: _by_response(getattr(outputs, name), length, inputs)
+            for name in ("log_probs", "entropy", "is_top1", "mean_logits")
+        }
         result = preference_loss(
-            outputs.log_probs[:, -labels.shape[1] :],  # prompt learning prepends positions
+            figures["log_probs"],
             labels,
             inputs["rewards"],
             ref_logps=self._reference(inputs),
@@ -189,7 +228,8 @@ class RPOTrainer(trl.DPOTrainer):
         loss = result.loss
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
-        self._record(result, outputs, labels, inputs)
+            figures["aux_loss"] = outputs.aux_loss
+        self._record(result, figures, labels, inputs)
         if not return_outputs:
             return loss
         with torch.no_grad():  # the fused head makes no logits
@@ -202,7 +242,7 @@ class RPOTrainer(trl.DPOTrainer):
             return inputs["ref_logps"]
         return self._ref_logps(self.ref_model or self.model, inputs)
 
-    def _record(self, result: RPOOutput, outputs: Any, labels: Tensor, inputs: dict[str, Any]) -> None:
+    def _record(self, result: RPOOutput, of_tokens: dict[str, Tensor], labels: Tensor, inputs: dict[str, Any]) -> None:
         """Add a batch's figures to those that `log` averages, over all processes."""
         groups, scored = _groups(inputs), labels != -100
         best, worst = _best_and_worst(groups, inputs["rewards"])
@@ -214,13 +254,13 @@ class RPOTrainer(trl.DPOTrainer):
             "rewards/margins": result.margin,
             "logps/chosen": logps[best].mean(),
             "logps/rejected": logps[worst].mean(),
-            "entropy": _mean(outputs.entropy, scored),
-            "mean_token_accuracy": _mean(outputs.is_top1, scored, best),
-            "logits/chosen": _mean(outputs.mean_logits, scored, best),
-            "logits/rejected": _mean(outputs.mean_logits, scored, worst),
+            "entropy": _mean(of_tokens["entropy"], scored),
+            "mean_token_accuracy": _mean(of_tokens["is_top1"], scored, best),
+            "logits/chosen": _mean(of_tokens["mean_logits"], scored, best),
+            "logits/rejected": _mean(of_tokens["mean_logits"], scored, worst),
         }
         if self.aux_loss_enabled:
-            figures["aux_loss"] = outputs.aux_loss.detach()
+            figures["aux_loss"] = of_tokens["aux_loss"].detach()
         stacked = torch.stack([value.float() for value in figures.values()])
         gathered = self.accelerator.gather(stacked).view(-1, len(figures))
         training = self.model.training
@@ -229,7 +269,8 @@ class RPOTrainer(trl.DPOTrainer):
             if value == value:  # NaN: nothing to compare in this batch
                 metrics[name].append(value)
         if training:
-            tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
+            tokens = inputs["num_tokens"] if "num_tokens" in inputs else inputs["attention_mask"].sum()
+            tokens = self.accelerator.gather(tokens).sum().item()
             self._total_train_tokens += tokens // self._tp_size
         metrics["num_tokens"] = [self._total_train_tokens]
 
@@ -250,14 +291,27 @@ def _best_and_worst(groups: Groups, rewards: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mean(values: Tensor, scored: Tensor, sequences: Tensor | None = None) -> Tensor:
     """Mean of a figure over the scored tokens of some sequences; NaN if there are none."""
-    values = values[:, -scored.shape[1] :].detach()
+    values = values.detach()
     if sequences is not None:
         values, scored = values[sequences], scored[sequences]
     return (values * scored).sum() / scored.sum()
 
 
-def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+def _model_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    if "cu_seqlens" not in inputs:
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    shared = {name: inputs[name] for name in ("input_ids", "position_ids")}
+    return shared | {"attention_mask": attention_mask(model, inputs)}
+
+
+def _by_response(values: Tensor, length: int, inputs: dict[str, Any], fill: float = 0) -> Tensor:
+    """Figures of the tokens but the first as `[B, T]`, a row for each response; from `[1, T]` with shared prompts."""
+    values = values[:, -length:]  # prompt learning prepends positions
+    if "cu_seqlens" not in inputs:
+        return values
+    lengths = inputs["cu_seqlens"].diff().tolist()
+    lengths[0] -= 1
+    return pad_sequence(values[0].split(lengths), batch_first=True, padding_value=fill)
 
 
 def _load_tokenizer(model: Any, args: RPOConfig) -> Any:
