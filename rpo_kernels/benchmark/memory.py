@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bench import check_writable, memory_limit
 from .models import MODELS, Model, find_model, own_shape
-from .predictions import EAGER, Cards, capacity_lines, predict, predict_eager
+from .predictions import EAGER, Cards, Prompts, capacity_lines, predict, predict_eager
 from .problem import DTYPES, Problem
 
 if TYPE_CHECKING:
@@ -51,6 +51,13 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--prompts", type=int, default=1, help="prompts a step (default 1)")
     what.add_argument("--responses", type=int, default=2, metavar="K", help="responses a prompt (default 2)")
     what.add_argument("--length", type=int, help="tokens a response (default 2048; measured on a CPU 32)")
+    what.add_argument(
+        "--prompt-length",
+        type=int,
+        default=0,
+        metavar="P",
+        help="tokens a prompt, for what fits with shared prompts and without (default 0)",
+    )
     what.add_argument("--frozen", action="store_true", help="the LM head needs no gradient (LoRA)")
     what.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     what.add_argument("--card", default="80GB", metavar="SIZE", help="memory to predict for (default 80GB)")
@@ -75,6 +82,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not value > 0:
             command.error(f"--{name} must be positive, got {value}")
+    if args.prompt_length < 0:
+        command.error(f"--prompt-length must be at least 0, got {args.prompt_length}")
     if args.responses < 2:
         command.error(f"--responses must be at least 2, got {args.responses}")
     shape = [args.hidden, args.vocab, args.layers]
@@ -139,11 +148,17 @@ def _memory(args: argparse.Namespace, model: Model, console: "Console") -> int:
     for note in _NOTES:
         console.print(f"  {note}", style="dim", highlight=False)
     single = problem._replace(sequences=args.responses)
-    lines = capacity_lines(single, model, Cards(args.card_bytes, args.cards))
+    lines = capacity_lines(single, model, Cards(args.card_bytes, args.cards), args.prompt_length)
     cards = args.card if args.cards == 1 else f"{args.cards} cards of {args.card}"
     title = f"What fits {cards}, predicted: one prompt a card, {args.model}, {args.dtype}, gradient checkpointing"
     header = ["training", "loss layer", f"longest at K={args.responses}", f"largest K at {args.length} tokens"]
     notes = [f"{model.parameters:.3g} billion parameters", *_CAPACITY_NOTES]
+    if args.prompt_length:
+        separate, shared = (Prompts(args.prompt_length, form).tokens(single) for form in (False, True))
+        notes.append(
+            f"prompts of {args.prompt_length} tokens: {separate:,} tokens computed as {args.responses} sequences, "
+            f"{shared:,} with shared prompts; SDPA's mask of a row of T tokens takes T x T bytes more"
+        )
     print_table(console, Table(title, header, lines, notes))
     if not args.predict:
         save_json(data, path)

@@ -88,6 +88,18 @@ class Cards(NamedTuple):
     number: int = 1
 
 
+class Prompts(NamedTuple):
+    """The prompts of a step: of how many tokens, and whether each is computed once for its responses."""
+
+    length: int = 0
+    shared: bool = False
+
+    def tokens(self, problem: Problem) -> int:
+        """Tokens that the layers compute for the problem's responses, which are of one length."""
+        copies = problem.sequences // problem.responses if self.shared else problem.sequences
+        return copies * self.length + problem.rows
+
+
 def rest_of_training(model: Model, training: str, tokens: int, cards: int) -> int:
     """Bytes a card of everything but the loss layer: parameters and optimizer, and with gradient checkpointing one
     half-precision hidden state a layer and token."""
@@ -99,9 +111,9 @@ def rest_of_training(model: Model, training: str, tokens: int, cards: int) -> in
     return parameters * BYTES_PER_PARAMETER[training] // cards + head_optimizer + states
 
 
-def fits(problem: Problem, model: Model, training: str, cards: Cards, ours: bool) -> bool:
+def fits(problem: Problem, model: Model, training: str, cards: Cards, ours: bool, prompts: Prompts = Prompts()) -> bool:
     """Whether a step with these responses fits; this package's budget is what the rest leaves."""
-    rest = rest_of_training(model, training, problem.rows, cards.number)
+    rest = rest_of_training(model, training, prompts.tokens(problem), cards.number)
     if not ours:
         return rest + predict_eager(problem).total <= cards.size
     fixed = rest + sum(_inputs(problem)) + problem.rows * problem.hidden * problem.itemsize
@@ -120,18 +132,23 @@ def largest(fitting: Callable[[int], bool]) -> int:
     return low
 
 
-def capacity_lines(problem: Problem, model: Model, cards: Cards) -> list[list[str]]:
-    """Rows of the capacity table: longest response at this K, largest K at this length."""
+def capacity_lines(problem: Problem, model: Model, cards: Cards, prompt_length: int = 0) -> list[list[str]]:
+    """Rows of the capacity table: longest response at this K, largest K at this length, for one prompt."""
+    separate, shared = Prompts(prompt_length), Prompts(prompt_length, shared=True)
+    ways = [(EAGER, False, separate), ("rpo_kernels", True, separate)]
+    if prompt_length:
+        ways.append(("shared prompts", True, shared))
     lines = []
     for training in BYTES_PER_PARAMETER:
         problem = problem._replace(case="head-frozen" if training == "lora" else "head", device="cuda")
-        for ours, name in ((False, EAGER), (True, "rpo_kernels")):
+        for name, ours, prompts in ways:
+            rest = (model, training, cards, ours, prompts)
 
-            def longer(n: int, problem: Problem = problem, training: str = training, ours: bool = ours) -> bool:
-                return fits(problem._replace(length=n), model, training, cards, ours)
+            def longer(n: int, problem: Problem = problem, rest: tuple = rest) -> bool:
+                return fits(problem._replace(length=n), *rest)
 
-            def wider(n: int, problem: Problem = problem, training: str = training, ours: bool = ours) -> bool:
-                return fits(problem._replace(sequences=n), model, training, cards, ours)
+            def wider(n: int, problem: Problem = problem, rest: tuple = rest) -> bool:
+                return fits(problem._replace(sequences=n, responses=n), *rest)
 
             length, responses = largest(longer), largest(wider)
             shown = [f"{length:,} tokens", f"{responses:,}"] if length else ["does not fit", "does not fit"]
