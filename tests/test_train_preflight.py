@@ -31,6 +31,7 @@ def folder(tmp_path_factory):
         config.save_pretrained(path / name)
         tokenizer().save_pretrained(path / name)
     tiny_model(vocab_size=100).save_pretrained(path / "small-vocabulary")
+    write_model(path / "short-vocabulary", vocab_size=100)
     (path / "broken.gguf").write_bytes(b"not a model")
     write_model(path / "packed")
     content = json.loads((path / "packed" / "config.json").read_text())
@@ -61,6 +62,7 @@ MISTAKES = [
     ("--model bert", "vit is not a causal language model"),
     ("--model gpt2 --max-length 41", "--max-length 41 is beyond the 40 positions of gpt2"),
     ("--model small-vocabulary", "cannot load the tokenizer of small-vocabulary"),
+    ("--model short-vocabulary", "and short-vocabulary knows 100: the tokenizer is another's"),
     ("--ref-model small-vocabulary", "and small-vocabulary knows 100"),
     ("--ref-model ./absent", "cannot load the model of ./absent"),
     ("--model broken.gguf", "cannot load the tokenizer of broken.gguf"),

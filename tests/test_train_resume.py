@@ -166,6 +166,22 @@ def test_a_full_disk_leaves_the_checkpoints_before(whole, interrupted, capsys):
     check_same(output, whole / "whole")
 
 
+def test_the_best_checkpoint_is_kept_and_loaded(whole):
+    """With a learning rate that makes things worse after the first two steps."""
+    best = ["--eval-data", str(whole / "train.jsonl"), "--eval-strategy", "steps", "--eval-steps", "2"]
+    best += ["--load-best-model-at-end", "true", "--metric-for-best-model", "eval_loss", "--save-total-limit", "1"]
+    assert main(command(whole, "best", *best, "--learning-rate", "0.3")) == 0
+    output = whole / "best"
+    losses = {entry["step"]: entry["eval_loss"] for entry in metrics(output)["history"] if "eval_runtime" in entry}
+    assert list(losses) == [2, 4, 6, 8] and min(losses, key=losses.get) != 8
+    kept = output / f"checkpoint-{min(losses, key=losses.get)}"
+    assert kept.exists() and checkpoints.defect(kept) is None
+    state = json.loads((kept / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(kept)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (output, kept))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_one_run_at_a_time(whole, capsys):
     (whole / "held").mkdir()
     with FileLock(whole / "held" / ".lock"):
