@@ -85,6 +85,7 @@ MISTAKES = [
     ("--train-sampling-strategy group_by_length", "train_sampling_strategy must be random or sequential"),
     ("--torch-compile true", "it needs --loss-level logits"),
     ("--fp16 true", "fp16 has no effect on a CPU"),
+    ("--fsdp full_shard", "fsdp has no effect on a CPU"),
     ("--eval-strategy epoch", "eval_strategy 'epoch' needs --eval-data"),
     ("--resume-from-checkpoint /nope", "cannot resume from /nope: it has no checkpoint.json"),
     ("--optim adamw_bnb_8bit", "optim "),

@@ -75,7 +75,7 @@ def check_settings(settings: Settings) -> None:
             f"eval_strategy {str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r} needs --eval-data"
         )
     _check_sampling(args)
-    _check_precision(settings)
+    _check_device(settings)
     _check_lora(settings)
     if run.extend and not run.resume:
         raise SettingError("extend goes with --resume")
@@ -103,8 +103,10 @@ def _check_sampling(args: RPOArguments) -> None:
             raise SettingError(f"accelerator_config.{name} must be {only}, got {value}: groups are dealt in turn")
 
 
-def _check_precision(settings: Settings) -> None:
+def _check_device(settings: Settings) -> None:
     args = settings.training
+    if args.fsdp and args.device.type == "cpu":
+        raise SettingError("fsdp has no effect on a CPU: accelerate would train with DDP")
     if args.fp16 and args.device.type == "cpu":
         raise SettingError("fp16 has no effect on a CPU: use --bf16, or neither")
     if args.fp16 and settings.model.dtype != "float32":
