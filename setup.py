@@ -17,6 +17,8 @@ X86_LEVELS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
+# The head level's products, for CPUs that multiply bfloat16, and emulated for tests on those that do not (csrc/head.h).
+X86_HEADS = {"avx512bf16": ["-mavx512bf16"], "emulated": ["-DRPO_EMULATED"]}
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
 # GCC 12 warns of its own AVX-512 header, Clang of a warning that it does not know.
 COMMON_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
@@ -40,24 +42,34 @@ class BuildNative(build_ext):
             self.warn(f"native CPU backend not built, the torch backend serves instead ({str(error)[:160]})")
 
     def compile_levels(self, ext: Extension) -> None:
-        compiler, levels = self.compiler, vector_levels()
-        common = COMMON_FLAGS + os.environ.get("CFLAGS", "").split()  # the user's come last and win
-        chosen = [(f"RPO_HAVE_{level.upper()}", "1") for level in levels]
-        objects = compiler.compile(
-            ["csrc/native.cpp"], self.build_temp, chosen, extra_postargs=common, depends=ext.depends
-        )
+        levels, objects = vector_levels(), []
         for level, flags in levels.items():
-            objects += compiler.compile(
-                ["csrc/rows.cpp"],
-                os.path.join(self.build_temp, level),
-                [("RPO_LEVEL", level)],
-                extra_postargs=flags + common,
-                depends=ext.depends,
-            )
+            objects += self.compile("rows.cpp", level, [("RPO_LEVEL", level)], flags, ext)
+        have = list(levels)
+        if "avx512" in levels:
+            try:
+                for name, flags in X86_HEADS.items():
+                    objects += self.compile("head.cpp", name, [("RPO_HEAD", name)], levels["avx512"] + flags, ext)
+                have.append("avx512bf16")
+            except CompileError as error:  # a compiler older than the instruction
+                self.warn(f"built without bfloat16 products ({str(error)[:160]})")
+        objects += self.compile("native.cpp", "", [(f"RPO_HAVE_{level.upper()}", "1") for level in have], [], ext)
         path = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         threads = ["-pthread"] if sys.platform != "darwin" else []
-        compiler.link_shared_object(objects, path, extra_postargs=threads, target_lang="c++")
+        self.compiler.link_shared_object(objects, path, extra_postargs=threads, target_lang="c++")
+
+    def compile(
+        self, source: str, folder: str, macros: list[tuple[str, str]], flags: list[str], ext: Extension
+    ) -> list[str]:
+        common = COMMON_FLAGS + os.environ.get("CFLAGS", "").split()  # the user's come last and win
+        return self.compiler.compile(
+            [f"csrc/{source}"],
+            os.path.join(self.build_temp, folder),
+            macros,
+            extra_postargs=flags + common,
+            depends=ext.depends,
+        )
 
 
 class PlatformWheel(bdist_wheel):
@@ -69,8 +81,8 @@ class PlatformWheel(bdist_wheel):
 
 native = Extension(
     "rpo_kernels._native",
-    ["csrc/native.cpp", "csrc/rows.cpp"],
-    depends=["csrc/rows.h", "csrc/simd.h"],
+    ["csrc/native.cpp", "csrc/rows.cpp", "csrc/head.cpp"],
+    depends=[f"csrc/{name}.h" for name in ("rows", "simd", "workers", "head", "bfloat16", "product", "softmax")],
     optional=True,
 )
 setup(ext_modules=[native], cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel})

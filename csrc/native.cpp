@@ -18,11 +18,13 @@
 #include <sys/mman.h>
 #endif
 
+#include "head.h"
 #include "rows.h"
 
 namespace rpo {
 #define RPO_DECLARE(level) extern const Level level_##level;
 RPO_DECLARE(avx512) RPO_DECLARE(avx2) RPO_DECLARE(neon) RPO_DECLARE(baseline)
+extern const HeadKernels head_avx512bf16, head_emulated;
 
 double transform(const TokenTransform& options, double x) {
   double z = x * options.logit_scale;
@@ -77,12 +79,6 @@ struct Grad {
   int64_t grad_entropy_stride[2];
 };
 
-// `parallel(f, arg, threads, 0)` calls f(arg) on each thread of torch's own OpenMP pool; null if torch has none.
-struct Workers {
-  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
-  int32_t threads;
-};
-
 // ---- threads
 
 struct Queue {
@@ -109,17 +105,26 @@ void drain_on_new_threads(Queue& queue, int threads) {
   for (std::thread& helper : helpers) helper.join();
 }
 
-// Runs task(0) ... task(count - 1), on one thread for each `grain` of them or fewer.
-template <class Task>
-void for_each(const Workers& workers, int64_t count, int64_t grain, const Task& task) {
+}  // namespace
+
+void rpo::share_out(const Workers& workers, int64_t count, int64_t grain, void (*run)(const void*, int64_t),
+                    const void* task) {
   Queue queue;
   queue.count = count;
-  queue.run = [](const void* t, int64_t item) { (*static_cast<const Task*>(t))(item); };
-  queue.task = &task;
+  queue.run = run;
+  queue.task = task;
   const int threads = int(std::min<int64_t>(workers.threads, count / grain));
   if (threads <= 1) drain(&queue);
   else if (workers.parallel) workers.parallel(drain, &queue, unsigned(threads), 0);
   else drain_on_new_threads(queue, threads);
+}
+
+namespace {
+
+// Runs task(0) ... task(count - 1), on one thread for each `grain` of them or fewer.
+template <class Task>
+void for_each(const Workers& workers, int64_t count, int64_t grain, const Task& task) {
+  share_out(workers, count, grain, [](const void* t, int64_t item) { (*static_cast<const Task*>(t))(item); }, &task);
 }
 
 // ---- elements and rows
@@ -293,13 +298,17 @@ extern "C" {
 
 #define RPO_API __attribute__((visibility("default")))
 
-// The vector levels this machine can run, best first, separated by spaces.
+// The vector levels this machine can run, best first, separated by spaces. Beside them, "emulated" is AVX-512 with the
+// head level's products emulated, for tests.
 RPO_API const char* rpo_levels() {
 #if defined(RPO_HAVE_AVX512)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // such CPUs all have F16C
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(RPO_HAVE_AVX512BF16)
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return "avx512bf16 avx512 avx2 baseline";
+#endif
   return avx512 ? "avx512 avx2 baseline" : avx2 ? "avx2 baseline" : "baseline";
 #elif defined(RPO_HAVE_NEON)
   return "neon";
@@ -308,9 +317,18 @@ RPO_API const char* rpo_levels() {
 #endif
 }
 
-// One of `rpo_levels`, or null.
+// One of `rpo_levels` or "emulated", or null.
 RPO_API const Level* rpo_level(const char* name) {
+#if defined(RPO_HAVE_AVX512BF16)
+  static const Level avx512bf16{"avx512bf16", level_avx512.stats, level_avx512.grad, level_avx512.largest,
+                                &head_avx512bf16};
+  static const Level emulated{"emulated", level_avx512.stats, level_avx512.grad, level_avx512.largest,
+                              &head_emulated};
+#endif
   static const Level* const built[] = {
+#if defined(RPO_HAVE_AVX512BF16)
+      &avx512bf16, &emulated,
+#endif
 #if defined(RPO_HAVE_AVX512)
       &level_avx512, &level_avx2, &level_baseline,
 #elif defined(RPO_HAVE_NEON)
@@ -376,6 +394,40 @@ RPO_API void rpo_row_grad(const Level* level, const Workers* workers, const Logi
     row.out = out;
     level->grad(l.options, l.dtype, p.row + s.first * size, s.columns, row);
   });
+}
+
+// ---- the head level: see head.h. Only for levels that have it.
+
+RPO_API int rpo_has_head(const Level* level) { return level->head != nullptr; }
+
+RPO_API void rpo_head_pack_hidden(const Level* level, const Workers* workers, const Matrix* hidden, const float* factor,
+                                  uint32_t* lanes, uint32_t* elements) {
+  level->head->pack_hidden(*workers, *hidden, factor, lanes, elements);
+}
+
+RPO_API void rpo_head_pack_weight(const Level* level, const Workers* workers, const Matrix* weight, uint32_t* rows,
+                                  uint32_t* pairs) {
+  level->head->pack_weight(*workers, *weight, rows, pairs);
+}
+
+RPO_API void rpo_head_forward(const Level* level, const Workers* workers, const HeadTile* tile,
+                              const RunningRows* rows) {
+  level->head->forward(*workers, *tile, *rows);
+}
+
+RPO_API void rpo_head_backward(const Level* level, const Workers* workers, const HeadTile* tile,
+                               const FinishedRows* rows) {
+  level->head->backward(*workers, *tile, *rows);
+}
+
+RPO_API void rpo_head_weight_gradient(const Level* level, const Workers* workers, const HeadTile* tile,
+                                      const WeightGradient* gradient) {
+  level->head->weight_gradient(*workers, *tile, *gradient);
+}
+
+RPO_API void rpo_head_bias_gradient(const Level* level, const Workers* workers, const HeadTile* tile,
+                                    const float* factor, const int32_t* index, float* out) {
+  level->head->bias_gradient(*workers, *tile, factor, index, out);
 }
 
 }  // extern "C"

@@ -40,12 +40,15 @@ struct GradRow {
   Active active;
 };
 
+struct HeadKernels;
+
 // The kernels of one vector level.
 struct Level {
   const char* name;
   void (*stats)(const TokenTransform&, DType, const void* x, int64_t columns, bool extras, Partial* out);
   void (*grad)(const TokenTransform&, DType, const void* x, int64_t columns, const GradRow&);
   float (*largest)(DType, const void* x, int64_t columns);  // -inf of none; passes over NaN
+  const HeadKernels* head = nullptr;  // null: none at this level
 };
 
 }  // namespace rpo

@@ -18,6 +18,7 @@ from .interface import ActiveColumns, EntropyGrad, RowStats, TokenOptions
 
 LIBRARY = Path(__file__).parent.parent / "_native.so"
 LEVEL_VARIABLE = "RPO_KERNELS_NATIVE_LEVEL"
+EMULATED = "emulated"  # AVX-512 with the head level's bfloat16 products emulated, for tests
 MAPPED_BYTES = 2**25  # the allocator takes anything larger from the system anew, and gives it back when it is freed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -53,9 +54,14 @@ def level() -> str:
     wanted = os.environ.get(LEVEL_VARIABLE)
     if not wanted:
         return levels()[0]
-    if wanted not in levels():
+    if wanted not in levels() and not (wanted == EMULATED and "avx512" in levels()):
         raise ValueError(f"{LEVEL_VARIABLE}={wanted!r}, but this machine runs {', '.join(levels())}")
     return wanted
+
+
+def has_head() -> bool:
+    """Whether the level in use has the head level's bfloat16 products."""
+    return bool(_library().rpo_has_head(_level_pointer(level())))
 
 
 def info() -> dict[str, Any]:
@@ -239,6 +245,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     library.rpo_levels.restype = c_char_p
     library.rpo_level.argtypes, library.rpo_level.restype = [c_char_p], c_void_p
+    library.rpo_has_head.argtypes = [c_void_p]
     library.rpo_use_large_pages.argtypes, library.rpo_use_large_pages.restype = [c_void_p, c_int64], None
     library.rpo_row_stats.argtypes = [c_void_p, POINTER(_Workers), POINTER(_Logits), c_int32, POINTER(_Stats)]
     library.rpo_row_grad.argtypes = [c_void_p, POINTER(_Workers), POINTER(_Logits), POINTER(_Grad)]

@@ -1,0 +1,81 @@
+// The head level on a CPU with bfloat16 units: products of hidden states and head, with the softmax inside.
+//
+// What native.cpp (the interface) and head.cpp (the kernels) share. Operands are packed into these layouts, in pairs of
+// bfloat16 (one 32-bit word each), zeros beyond the edges; everything begins at a multiple of 64 bytes:
+//
+//     lanes    [panels][width / 2][32]            hidden states for the logits: a panel of 32 rows, one in each lane
+//     rows     [strips][width / 32][14][16]       the weight for the logits: strips of 14 columns of the vocabulary
+//     pairs    [parts][columns / 2][14]           the weight for the gradient of the hidden states, in parts of 14 of
+//                                                 their elements; 64 bytes more behind it
+//     unit     [strips][panels][14][16]           d logp / d logits, for the gradient of the weight
+//     elements [width / 32][panels][16][32]       hidden states for the gradient of the weight
+//
+// (width rounded up to 32.) The gradient of the hidden states is float32 [panels][parts][14][32].
+#pragma once
+
+#include "rows.h"
+#include "workers.h"
+
+namespace rpo {
+
+constexpr int64_t kStrip = 14, kPanel = 32, kPiece = 16;
+
+// Rows of bfloat16 in memory, `stride` elements apart; with an index, these rows of them, else the first ones.
+struct Matrix {
+  const uint16_t* data;
+  const int32_t* index;
+  int64_t stride, rows, width;
+};
+
+// A tile of logits: packed operands, and what else they depend on.
+struct HeadTile {
+  const uint32_t* lanes;
+  const uint32_t* rows;
+  const uint32_t* pairs;   // null: no gradient of the hidden states
+  const float* bias;       // [columns], or null
+  const int32_t* labels;   // [rows]: the label's column in this tile; any number outside of it if it has none
+  float* gradient;         // added to: sum over columns of unit * weight; read only with `pairs`
+  uint32_t* unit;          // written, or null
+  int64_t row_count, column_count, width;
+  TokenTransform options;
+};
+
+// Running softmax of the rows over all columns but the label's, relative to 2^reference. The reference is an integer,
+// so that moving it rounds nothing, and moves when a logit lies ten bits above it.
+struct RunningRows {
+  float* reference;    // [rows]; `unit` of the tile is relative to what it is after the tile
+  double* sum;         // [rows]
+  const float* label;  // [rows]: the label's transformed logit in bits
+  uint8_t* marks;      // [columns], or null: set to 1 where a probability may exceed `threshold`
+  double* dropped;     // [rows], with marks (needs `unit`): sum over the columns without a mark
+  float threshold;
+};
+
+// unit = factor * exp2(z - reference) for each row, 0 at its label.
+struct FinishedRows {
+  const float *reference, *factor;
+};
+
+// unit^T elements, and gain * hidden at the rows' labels; row i of it goes to row index[i] (null: i) of a matrix of the
+// tile's width, dense.
+struct WeightGradient {
+  const uint32_t* elements;
+  Matrix hidden;
+  const float* gain;     // [rows]
+  const int32_t* index;
+  uint16_t* rounded;     // written, or null: then `exact` is written, or added to
+  float* exact;
+  int32_t add;
+};
+
+struct HeadKernels {
+  void (*pack_hidden)(const Workers&, const Matrix&, const float* factor, uint32_t* lanes, uint32_t* elements);
+  void (*pack_weight)(const Workers&, const Matrix&, uint32_t* rows, uint32_t* pairs);
+  void (*forward)(const Workers&, const HeadTile&, const RunningRows&);
+  void (*backward)(const Workers&, const HeadTile&, const FinishedRows&);
+  void (*weight_gradient)(const Workers&, const HeadTile&, const WeightGradient&);
+  // out[index[v]] += sum over rows of unit[v] * factor
+  void (*bias_gradient)(const Workers&, const HeadTile&, const float* factor, const int32_t* index, float* out);
+};
+
+}  // namespace rpo

@@ -1,0 +1,227 @@
+"""The head level's tiles in C++ on CPUs with bfloat16 units: packed operands, products with the softmax inside.
+
+Layouts and arithmetic: csrc/head.h. A tile is all rows of a chunk by some columns of the vocabulary; with
+`P = exp(z - reference)`, 0 at each row's label, `forward` sums P over the columns and `backward` makes it again.
+"""
+
+import ctypes
+import functools
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_int64, c_void_p
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .contract import TokenOptions
+
+STRIP, PANEL, PIECE = 14, 32, 16  # as in csrc/head.h
+
+
+def reason() -> str | None:
+    """Why bfloat16 products cannot run here, or None if they can."""
+    if not native.available():
+        return native.reason()
+    if not native.has_head():
+        return f"no bfloat16 units in use (level {native.level()})"
+    return None
+
+
+def panels(rows: int) -> int:
+    """Panels that hold so many rows."""
+    return -(-rows // PANEL)
+
+
+def _pieces(width: int) -> int:
+    return -(-width // PANEL)
+
+
+class Buffers(NamedTuple):
+    """Shapes of the packed operands of a tile, as int32 tensors (gradient: float32)."""
+
+    rows: int
+    columns: int
+    width: int
+
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """Hidden states for the logits."""
+        return (panels(self.rows), _pieces(self.width) * PIECE, PANEL)
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """Hidden states for the weight's gradient."""
+        return (_pieces(self.width), panels(self.rows), PIECE, PANEL)
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """Weight for the logits."""
+        return (-(-self.columns // STRIP), _pieces(self.width), STRIP, PIECE)
+
+    @property
+    def pairs(self) -> tuple[int, ...]:
+        """Weight for the hidden states' gradient."""
+        return (-(-self.width // STRIP) * -(-self.columns // 2) * STRIP + PIECE,)
+
+    @property
+    def unit(self) -> tuple[int, ...]:
+        """d logp / d logits."""
+        return (-(-self.columns // STRIP), panels(self.rows), STRIP, PIECE)
+
+    @property
+    def gradient(self) -> tuple[int, ...]:
+        """Gradient of the hidden states."""
+        return (panels(self.rows), -(-self.width // STRIP), STRIP, PANEL)
+
+
+class Tile(NamedTuple):
+    """A tile of logits: packed operands and what they give."""
+
+    lanes: Tensor
+    weight: Tensor
+    labels: Tensor  # int32, padded to panels: the label's column in the tile, any number outside if it has none
+    rows: int
+    columns: int
+    width: int
+    options: TokenOptions
+    bias: Tensor | None = None  # [columns] float32
+    pairs: Tensor | None = None
+    gradient: Tensor | None = None  # added to, with `pairs`
+    unit: Tensor | None = None  # written
+
+
+class Running(NamedTuple):
+    """Running softmax over all columns but the label's; fields as in csrc/head.h, padded to panels."""
+
+    reference: Tensor
+    sum: Tensor
+    label: Tensor
+    marks: Tensor | None = None
+    dropped: Tensor | None = None
+    threshold: float = 0.0
+
+
+def pack_hidden(hidden: Tensor, lanes: Tensor | None, elements: Tensor | None, factor: Tensor | None = None) -> None:
+    """Pack hidden states `[n, H]`; for `elements` times a factor `[n]` float32."""
+    matrix = _Matrix(hidden.data_ptr(), None, hidden.stride(0), *hidden.shape)
+    _call("pack_hidden", byref(matrix), _pointer(factor), _pointer(lanes), _pointer(elements))
+
+
+def pack_weight(weight: Tensor, index: Tensor | None, rows: Tensor | None, pairs: Tensor | None) -> None:
+    """Pack rows `[v, H]` of the weight, or those of an int32 index."""
+    count = len(weight) if index is None else len(index)
+    matrix = _Matrix(weight.data_ptr(), _pointer(index), weight.stride(0), count, weight.shape[1])
+    _call("pack_weight", byref(matrix), _pointer(rows), _pointer(pairs))
+
+
+def forward(tile: Tile, running: Running) -> None:
+    """Continue the softmax with a tile."""
+    struct = _Running(*map(_pointer, running[:5]), running.threshold)
+    _call("forward", byref(_tile(tile)), byref(struct))
+
+
+def backward(tile: Tile, reference: Tensor, factor: Tensor) -> None:
+    """Write `factor * P` of a tile and add its product with the weight to the gradient."""
+    struct = _Finished(reference.data_ptr(), factor.data_ptr())
+    _call("backward", byref(_tile(tile)), byref(struct))
+
+
+class LabelGain(NamedTuple):
+    """What the weight's gradient gains at the rows' labels: `gain[i] * hidden[i]`."""
+
+    hidden: Tensor  # [n, H]
+    gain: Tensor  # [n] float32
+
+
+def weight_gradient(
+    tile: Tile, elements: Tensor, labels: LabelGain, index: Tensor | None, out: Tensor, add: bool = False
+) -> None:
+    """`out[index] = unit^T elements`, and the labels' gain; into bfloat16, or into or on top of float32 `[.., H]`."""
+    hidden, rounded = labels.hidden, out.dtype == torch.bfloat16
+    struct = _WeightGradient(
+        elements.data_ptr(),
+        _Matrix(hidden.data_ptr(), None, hidden.stride(0), *hidden.shape),
+        labels.gain.data_ptr(),
+        _pointer(index),
+        out.data_ptr() if rounded else None,
+        None if rounded else out.data_ptr(),
+        add,
+    )
+    _call("weight_gradient", byref(_tile(tile)), byref(struct))
+
+
+def add_bias_gradient(tile: Tile, factor: Tensor, index: Tensor | None, out: Tensor) -> None:
+    """`out[index] += unit^T factor`, float32."""
+    _call("bias_gradient", byref(_tile(tile)), factor.data_ptr(), _pointer(index), out.data_ptr())
+
+
+class _Matrix(Structure):
+    _fields_ = [("data", c_void_p), ("index", c_void_p), ("stride", c_int64), ("rows", c_int64), ("width", c_int64)]
+
+
+class _Tile(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("lanes", "rows", "pairs", "bias", "labels", "gradient", "unit")),
+        *((name, c_int64) for name in ("row_count", "column_count", "width")),
+        *((name, c_double) for name in ("logit_scale", "softcap", "temperature")),
+    ]
+
+
+class _Running(Structure):
+    _fields_ = [*((name, c_void_p) for name in Running._fields[:5]), ("threshold", c_float)]
+
+
+class _Finished(Structure):
+    _fields_ = [("reference", c_void_p), ("factor", c_void_p)]
+
+
+class _WeightGradient(Structure):
+    _fields_ = [
+        ("elements", c_void_p),
+        ("hidden", _Matrix),
+        *((name, c_void_p) for name in ("gain", "index", "rounded", "exact")),
+        ("add", c_int32),
+    ]
+
+
+def _tile(tile: Tile) -> _Tile:
+    tensors = (tile.lanes, tile.weight, tile.pairs, tile.bias, tile.labels, tile.gradient, tile.unit)
+    options = tile.options
+    return _Tile(
+        *map(_pointer, tensors),
+        tile.rows,
+        tile.columns,
+        tile.width,
+        options.logit_scale,
+        options.softcap or 0.0,
+        options.temperature,
+    )
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+_ARGUMENTS = {
+    "pack_hidden": [POINTER(_Matrix), c_void_p, c_void_p, c_void_p],
+    "pack_weight": [POINTER(_Matrix), c_void_p, c_void_p],
+    "forward": [POINTER(_Tile), POINTER(_Running)],
+    "backward": [POINTER(_Tile), POINTER(_Finished)],
+    "weight_gradient": [POINTER(_Tile), POINTER(_WeightGradient)],
+    "bias_gradient": [POINTER(_Tile), c_void_p, c_void_p, c_void_p],
+}
+
+
+@functools.cache
+def _functions() -> dict[str, ctypes._CFuncPtr]:  # type: ignore[name-defined]
+    functions = {}
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(native._library(), f"rpo_head_{name}")
+        function.argtypes, function.restype = [c_void_p, c_void_p, *arguments], None
+        functions[name] = function
+    return functions
+
+
+def _call(name: str, *arguments: object) -> None:
+    workers = native._workers()
+    _functions()[name](native._level_pointer(native.level()), ctypes.addressof(workers), *arguments)
