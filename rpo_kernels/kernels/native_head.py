@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .contract import TokenOptions
+from .interface import TokenOptions
 
 STRIP, PANEL, PIECE = 14, 32, 16  # as in csrc/head.h
 
