@@ -18,7 +18,7 @@ using rpo::RunningRows;
 using rpo::WeightGradient;
 using rpo::Workers;
 
-constexpr int64_t kGroup = 4;              // panels that meet a block of the weight while it is in the second-level cache
+constexpr int64_t kGroup = 4;              // panels, at most, that meet a block of the weight while it is in the second-level cache
 constexpr int64_t kBlockBytes = 322560;    // of such a block
 constexpr int64_t kMaxBlockStrips = 18;    // of which the pairs of a panel are in the first-level cache
 constexpr int64_t kDepth = 16;             // panels whose hidden states are in the first-level cache (weight_gradient)
@@ -35,6 +35,12 @@ struct Shape {
     block = fitting < 1 ? 1 : smaller(fitting, kMaxBlockStrips);
   }
 };
+
+// Panels in a group: fewer where there are threads for more groups.
+RPO_INLINE int64_t group_of(const Workers& workers, const Shape& shape) {
+  const int64_t share = shape.panels / workers.threads;
+  return share < 1 ? 1 : smaller(share, kGroup);
+}
 
 template <class Task>
 RPO_INLINE void share_out(const Workers& workers, int64_t count, const Task& task) {
@@ -269,8 +275,7 @@ RPO_INLINE void weigh_forward(const Transform& transform, const RunningRows& row
     Floats steepness, weight = exp2(transform.bits(load(strip.x[r]), reference, steepness));
     if (__builtin_expect(strip.masked, 0)) weight = masked(load(strip.live[r]), weight);
     (r % 2 ? odd : even) = (r % 2 ? odd : even) + weight;
-    // Not past the last column, where weights are 0 and nothing exceeds: a limit is never below 0.
-    if (marks && any_exceeds(weight, limit)) __atomic_store_n(marks + r, uint8_t(1), __ATOMIC_RELAXED);
+    if (marks && r < strip.columns && any_exceeds(weight, limit)) __atomic_store_n(marks + r, uint8_t(1), __ATOMIC_RELAXED);
     if (keep) store(strip.x[r], weight * steepness);
   }
   store(sums.sum, load(sums.sum) + (even + odd));
@@ -297,8 +302,9 @@ void forward_with(const Workers& workers, const HeadTile& t, const RunningRows& 
   const Shape shape(t);
   const Transform transform(t.options);
   const bool keep = t.unit || t.pairs;
-  share_out(workers, over(shape.panels, kGroup), [&](int64_t group) {
-    const int64_t first = group * kGroup, last = smaller(first + kGroup, shape.panels);
+  const int64_t size = group_of(workers, shape);
+  share_out(workers, over(shape.panels, size), [&](int64_t group) {
+    const int64_t first = group * size, last = smaller(first + size, shape.panels);
     PanelSums sums[kGroup];
     for (int64_t panel = first; panel < last; ++panel) sums[panel - first].begin(rows, panel);
     walk(t, shape, first, last, [&](const Place& place, Strip& strip) __attribute__((always_inline)) {
@@ -325,8 +331,9 @@ template <class Transform>
 void backward_with(const Workers& workers, const HeadTile& t, const FinishedRows& rows) {
   const Shape shape(t);
   const Transform transform(t.options);
-  share_out(workers, over(shape.panels, kGroup), [&](int64_t group) {
-    const int64_t first = group * kGroup, last = smaller(first + kGroup, shape.panels);
+  const int64_t size = group_of(workers, shape);
+  share_out(workers, over(shape.panels, size), [&](int64_t group) {
+    const int64_t first = group * size, last = smaller(first + size, shape.panels);
     walk(t, shape, first, last, [&](const Place& place, Strip& strip) __attribute__((always_inline)) {
       const Floats reference = load(rows.reference + place.panel * kPanel);
       const Floats factor = load(rows.factor + place.panel * kPanel);

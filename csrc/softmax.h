@@ -13,6 +13,7 @@ struct Strip {
   alignas(64) float x[kStrip][kPanel];      // logits, then what is made of them
   alignas(64) int32_t live[kStrip][kPanel];  // with `masked`: 0 for labels and beyond the last column, else -1
   bool masked;
+  int64_t columns;
 };
 
 RPO_INLINE Floats load(const float* x) { return {(Vector)_mm512_load_ps(x), (Vector)_mm512_load_ps(x + 16)}; }
@@ -75,6 +76,7 @@ RPO_INLINE void fill(Strip& strip, const Sums& sums, const float* bias, int64_t 
   const __m512i count = _mm512_set1_epi32(int(columns)), first = _mm512_set1_epi32(int(first_column));
   const __m512i a = _mm512_sub_epi32(_mm512_load_si512(labels), first);
   const __m512i b = _mm512_sub_epi32(_mm512_load_si512(labels + 16), first);
+  strip.columns = columns;
   strip.masked =
       columns < kStrip || (_mm512_cmplt_epu32_mask(a, count) | _mm512_cmplt_epu32_mask(b, count)) != 0;
   if (__builtin_expect(!strip.masked, 1)) return;

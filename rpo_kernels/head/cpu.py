@@ -7,7 +7,7 @@ The label's own part, `1 - p`, is added to both gradients in float32.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -92,16 +92,18 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
             chunk.write_unit(stats[:, span], saved.unit[span])
         if marks is not None:
             dropped[span] = chunk.dropped_mass(stats[2, span])
+        del chunk
     return Forward(stats[0].clone(), dropped, saved)
 
 
 class _Work:
     """Memory for the packed operands of one tile."""
 
-    def __init__(self, head: Head, cuts: _Cuts, *, pairs: bool, unit: bool):
+    def __init__(self, head: Head, cuts: _Cuts, *, weight: bool = True, pairs: bool, unit: bool):
         self.head, self.cuts = head, cuts
         shapes = cuts.buffers
-        self.weight = self.packed(shapes.weight)
+        self.weight_rows = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
+        self.weight = self.packed(shapes.weight if weight else (0,))
         self.pairs = self.packed(shapes.pairs) if pairs else None
         self.unit = self.packed(shapes.unit) if unit else None
         self.bias = None if head.bias is None else head.bias.float()
@@ -112,7 +114,7 @@ class _Work:
 
     def tile(self, columns: slice, index: Tensor | None, lanes: Tensor, labels: Tensor, rows: int) -> Tile:
         """Load columns of the weight, or those that an index counts from the first of them."""
-        weight = self.head.weight[columns]
+        weight = self.weight_rows[columns]
         native_head.pack_weight(weight, index, self.weight, self.pairs)
         bias = None if self.bias is None else self.bias[columns]
         if bias is not None and index is not None:
@@ -127,7 +129,7 @@ class _ForwardChunk:
     def __init__(self, work: _Work, positions: Tensor, labels: Tensor, marks: Tensor | None, needs: Needs):
         self.work, self.labels, self.marks = work, labels, marks
         self.options, self.rows = work.head.options, len(labels)
-        hidden = work.head.gather(positions)
+        hidden = _gather(work.head, positions)
         self.logits = _label_logits(hidden, work.head, labels)
         self.shapes = work.cuts.buffers._replace(rows=self.rows)
         self.lanes = work.packed(self.shapes.lanes)
@@ -174,6 +176,11 @@ class _ForwardChunk:
         return (self.dropped[: self.rows] * scale * rounding).float()
 
 
+def _gather(head: Head, positions: Tensor) -> Tensor:
+    """Hidden states that predict the labels at these positions, `[n, H]`."""
+    return head.hidden.index_select(0, positions - int(head.options.shift))
+
+
 def _label_logits(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """The labels' logits before their transform, `[n]` float64."""
     logits = hidden.new_empty(len(labels), dtype=torch.float64)
@@ -218,9 +225,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states `[M, H]`, weight `[V, H]` and bias `[V]`; empty where not needed."""
     walk = _Backward(head, saved, labels, grad_logps, needs)
-    if needs.weight or needs.bias or (needs.hidden and walk.filtered):
+    if needs.hidden and not walk.filtered:
+        walk.write_hidden_gradient(saved.unit[span] * walk.factor[span, None] for span in walk.cuts.chunks)
+    if needs.weight or needs.bias or walk.filtered:
         walk.run()
-    return walk.hidden_gradient(), walk.weight, walk.bias.to(head.weight.dtype)
+    if needs.hidden and walk.filtered:
+        walk.write_hidden_gradient(chunk.hidden_gradient() for chunk in walk.chunks)
+    return walk.hidden, walk.weight, walk.bias.to(head.weight.dtype)
 
 
 class _Backward:
@@ -232,20 +243,22 @@ class _Backward:
         self.cuts, self.filtered = _Cuts(*cuts), bool(filtered)
         self.labels = labels.flatten()[saved.positions]
         self.factor = grad_logps.flatten()[saved.positions].float()
+        self.hidden = torch.zeros_like(head.hidden) if needs.hidden else head.hidden.new_empty(0)
         self.weight = self._weight_memory()
         self.bias = torch.zeros(self.cuts.vocab if needs.bias else 0)
 
     def _weight_memory(self) -> Tensor:
         if not self.needs.weight:
             return self.head.weight.new_empty(0)
-        if self.filtered:  # columns without a mark are not visited
+        if self.filtered or not self.cuts.rows:  # what is not visited is 0
             return torch.zeros_like(self.head.weight, memory_format=torch.contiguous_format)
         return torch.empty_like(self.head.weight, memory_format=torch.contiguous_format)
 
     def run(self) -> None:
         """Visit every tile and chunk."""
         recomputes = self.filtered or self.cuts.kept_tiles < len(self.cuts.tiles)
-        work = _Work(self.head, self.cuts, pairs=self.needs.hidden and self.filtered, unit=recomputes)
+        pairs = self.needs.hidden and self.filtered
+        work = _Work(self.head, self.cuts, weight=recomputes, pairs=pairs, unit=recomputes)
         self.chunks = [_BackwardChunk(work, self, number) for number in range(len(self.cuts.chunks))]
         # A chunk alone writes the gradient's rows itself; several are summed in float32.
         size = self.cuts.buffers.columns * self.cuts.width if self.needs.weight and len(self.chunks) > 1 else 0
@@ -261,19 +274,11 @@ class _Backward:
         if self.needs.bias:
             self.bias.index_add_(0, self.labels, self.factor * self.saved.stats[3])
 
-    def hidden_gradient(self) -> Tensor:
-        """Of all positions."""
-        if not self.needs.hidden:
-            return self.head.hidden.new_empty(0)
-        gradient = torch.zeros_like(self.head.hidden)
+    def write_hidden_gradient(self, chunks: Iterable[Tensor]) -> None:
+        """Round the chunks' parts `[n, H]` into that of all positions."""
         index = self.saved.positions - int(self.head.options.shift)
-        for number, span in enumerate(self.cuts.chunks):
-            if self.filtered:
-                rows = self.chunks[number].hidden_gradient()
-            else:
-                rows = self.saved.unit[span] * self.factor[span, None]
-            gradient.index_copy_(0, index[span], rows.to(gradient.dtype))
-        return gradient
+        for span, rows in zip(self.cuts.chunks, chunks):
+            self.hidden.index_copy_(0, index[span], rows.to(self.hidden.dtype))
 
 
 class _BackwardChunk:
@@ -283,7 +288,7 @@ class _BackwardChunk:
         self.work, self.walk, self.number = work, walk, number
         self.span = span = walk.cuts.chunks[number]
         self.rows = span.stop - span.start
-        self.hidden = work.head.gather(walk.saved.positions[span])
+        self.hidden = _gather(work.head, walk.saved.positions[span])
         self.stats, self.factor = walk.saved.stats[:, span], walk.factor[span]
         self.labels, self.columns = walk.labels[span], _padded(walk.labels[span].int(), -1)
         self.gain = _padded(self.factor * self.stats[3], 0)

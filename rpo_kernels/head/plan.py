@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from ..kernels import native_head
+from .cpu_plan import CpuWork
+
 EDGE = 256  # tiles of the vocabulary begin at multiples of this
 DENSE_SHARE = 0.6  # above this share of active columns, a dense product over all costs less than gathering them
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -97,24 +100,26 @@ def memory_plan(
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     budget = parse_budget(memory_budget, device)
-    work = _Work(
-        rows=rows,
-        positions=rows if positions is None else positions,
-        hidden=hidden,
-        vocab=vocab,
-        item=dtype.itemsize,
-        operand=operand_dtype(dtype, device).itemsize,
-        exact=max(4, dtype.itemsize),
-        needs_hidden=needs_hidden,
-        needs_weight=needs_weight,
-        filtered=gradient_filter is not None,
-        capped=softcap is not None,
-        reference=backend == "torch",
-    )
-    chunk, tile = _shape(work, budget, device.type)
+    sizes = {"rows": rows, "positions": rows if positions is None else positions, "hidden": hidden, "vocab": vocab}
+    needs = {"needs_hidden": needs_hidden, "needs_weight": needs_weight, "filtered": gradient_filter is not None}
+    work: CpuWork | _Work
+    if native_head.serves(device.type, dtype, backend):
+        work = CpuWork(**sizes, **needs)
+        chunk, tile = work.shape(budget)
+    else:
+        work = _Work(
+            **sizes,
+            **needs,
+            item=dtype.itemsize,
+            operand=operand_dtype(dtype, device).itemsize,
+            exact=max(4, dtype.itemsize),
+            capped=softcap is not None,
+            reference=backend == "torch",
+        )
+        chunk, tile = _shape(work, budget, device.type)
     tiles = math.ceil(vocab / tile)
     kept = 0
-    if needs_weight:
+    if needs_weight and work.may_keep:
         kept = next(n for n in range(tiles, -1, -1) if n == 0 or work.peak_bytes(chunk, tile, n) <= budget)
     recomputed = 1 - min(1.0, kept * tile / vocab)
     return MemoryPlan(
@@ -197,6 +202,11 @@ class _Work:
     filtered: bool
     capped: bool
     reference: bool
+
+    @property
+    def may_keep(self) -> bool:
+        """Whether anything but the hidden states' gradient may wait for backward."""
+        return True
 
     def peak_bytes(self, chunk: int, tile: int, kept: int) -> int:
         return max(self.forward_bytes(chunk, tile, kept), self.backward_bytes(chunk, tile, kept))

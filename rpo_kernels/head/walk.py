@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..kernels import native_head
+from . import cpu
 from .backward import backward
 from .forward import forward
 from .schedule import Forward, Needs
@@ -24,4 +26,6 @@ class Walk(NamedTuple):
 
 def walk_for(head: Head, needs: Needs) -> Walk:
     """The walk that serves this head."""
+    if native_head.serves(head.weight.device.type, head.weight.dtype, head.backend):
+        return Walk(cpu.forward, cpu.backward)
     return Walk(forward, backward)

@@ -27,6 +27,13 @@ def reason() -> str | None:
     return None
 
 
+def serves(device_type: str, dtype: torch.dtype, backend: str | None) -> bool:
+    """Whether the head level of such operands runs here."""
+    if device_type != "cpu" or dtype != torch.bfloat16 or backend not in (None, "native"):
+        return False
+    return reason() is None
+
+
 def panels(rows: int) -> int:
     """Panels that hold so many rows."""
     return -(-rows // PANEL)

@@ -1,0 +1,93 @@
+"""Bytes of the walk on CPUs with bfloat16 units (`head.cpu`), and how it is cut; pure arithmetic."""
+
+import math
+from dataclasses import dataclass
+
+from ..kernels.native_head import Buffers
+
+LABEL_ROWS = 128  # rows whose label's part is taken at once
+# Rows a chunk and columns a tile, the first that the budget allows: its packed operands are read from caches.
+_SHAPES = ((1024, 2016), (1024, 1008), (1024, 504), (512, 504), (512, 252), (256, 252), (128, 252))
+_A_ROW = 128  # bytes of the numbers that a row has beside its hidden state
+_SMALL = 4096  # tensors of a few numbers
+
+
+@dataclass(frozen=True)
+class CpuWork:
+    """Sizes of one call, and the bytes of what the walk allocates for it."""
+
+    rows: int
+    positions: int
+    hidden: int
+    vocab: int
+    needs_hidden: bool
+    needs_weight: bool
+    filtered: bool
+
+    @property
+    def may_keep(self) -> bool:
+        """Whether anything but the hidden states' gradient may wait for backward."""
+        return not self.filtered
+
+    def shape(self, budget: int) -> tuple[int, int]:
+        """Rows a chunk and columns a tile, of which what depends on them takes half of what the budget leaves; an
+        eighth of the least need where the budget cannot be met."""
+        shapes = [self._fitted(*shape) for shape in _SHAPES]
+        least = self.peak_bytes(*shapes[-1], 0)
+        allowed = least + ((budget - least) // 2 if least < budget else least // 8)
+        return next((shape for shape in shapes if self.peak_bytes(*shape, 0) <= allowed), shapes[-1])
+
+    def _fitted(self, chunk: int, tile: int) -> tuple[int, int]:
+        chunks = max(1, math.ceil(self.rows / chunk))  # of equal size
+        chunk = math.ceil(math.ceil(self.rows / chunks) / 32) * 32
+        return max(1, min(chunk, self.rows)), min(tile, math.ceil(self.vocab / 14) * 14)
+
+    def peak_bytes(self, chunk: int, tile: int, kept: int) -> int:
+        return max(self.forward_bytes(chunk, tile, kept), self.backward_bytes(chunk, tile, kept))
+
+    def forward_bytes(self, chunk: int, tile: int, kept: int) -> int:
+        """Peak of the forward pass."""
+        shapes, differentiates = Buffers(chunk, tile, self.hidden), self.needs_hidden and not self.filtered
+        of_tile = self._tile_bytes(shapes, pairs=differentiates, unit=self.filtered)
+        hidden, label_rows = chunk * self.hidden * 2, min(chunk, LABEL_ROWS) * self.hidden
+        lanes, gradient = 4 * math.prod(shapes.lanes), 4 * math.prod(shapes.gradient) * differentiates
+        packing = hidden + max(label_rows * 14, lanes + gradient)
+        ending = lanes + gradient + max(gradient, label_rows * 6 * differentiates)
+        chunk_bytes = chunk * _A_ROW + max(packing, ending)
+        return self.kept_bytes(chunk, tile, kept) + self.rows * 8 + of_tile + chunk_bytes
+
+    def backward_bytes(self, chunk: int, tile: int, kept: int) -> int:
+        """Peak of the backward pass."""
+        saved = self.kept_bytes(chunk, tile, kept) + self.rows * 24
+        ending = chunk * self.hidden * 6 * self.needs_hidden
+        if not (self.needs_weight or self.filtered):
+            return saved + ending
+        recomputes, chunks = kept * tile < self.vocab, math.ceil(self.rows / chunk)
+        shapes = Buffers(chunk, tile, self.hidden)
+        differentiates = self.needs_hidden and self.filtered
+        of_chunk = chunk * (self.hidden * 2 + _A_ROW)
+        of_chunk += 4 * math.prod(shapes.lanes) * recomputes
+        of_chunk += 4 * math.prod(shapes.elements) * self.needs_weight
+        of_chunk += 4 * math.prod(shapes.gradient) * differentiates
+        of_tile = self._tile_bytes(shapes, pairs=differentiates, unit=recomputes) if recomputes else 0
+        exact = 4 * min(tile, self.vocab) * self.hidden * (chunks > 1) * self.needs_weight
+        ending = (4 * math.prod(shapes.gradient) + chunk * self.hidden * 2) * differentiates
+        return saved + chunks * of_chunk + of_tile + max(exact, ending)
+
+    def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
+        """What waits between the passes."""
+        chunks = math.ceil(self.rows / chunk)
+        size = _SMALL + self.rows * 24 + self.positions * 8
+        size += self.rows * self.hidden * 4 * (self.needs_hidden and not self.filtered)
+        size += chunks * self.vocab * self.filtered
+        columns = min(math.ceil(self.vocab / 14) * 14, kept * tile)
+        return size + kept * self.rows * 4 + chunks * math.ceil(chunk / 32) * 64 * columns
+
+    def gradient_bytes(self) -> int:
+        """The gradients themselves."""
+        return 2 * (self.positions * self.hidden * self.needs_hidden + self.vocab * self.hidden * self.needs_weight)
+
+    def _tile_bytes(self, shapes: Buffers, *, pairs: bool, unit: bool) -> int:
+        """Packed operands of a tile, and the numbers of its columns."""
+        size = math.prod(shapes.weight) + math.prod(shapes.pairs) * pairs + math.prod(shapes.unit) * unit
+        return 4 * size + 32 * shapes.columns
