@@ -1,9 +1,9 @@
 """The walk on CPUs with bfloat16 units: tiles of logits made, used and forgotten in C++ (`kernels.native_head`).
 
-A tile gives `P = 2^(z - reference)`, z in bits, 0 at each row's label; the reference is an integer that seldom moves. Exact:
-forward adds up `P` and `P W` and keeps P of the first tiles; backward takes the others' again. With a filter: forward adds
-up P and marks the columns where some row's P may exceed the threshold, backward makes P of the marked columns alone.
-The label's own part, `1 - p`, is added to both gradients in float32.
+A tile gives `P = 2^(z - reference)`, z in bits, 0 at each row's label; the reference is an integer that seldom moves.
+Exact: forward adds up `P` and `P W` and keeps P of the first tiles; backward makes the others' again. With a filter:
+forward adds up P and marks the columns where some row's p may exceed the threshold, backward makes P of the marked
+columns alone. The label's own part, `1 - p`, is added to both gradients in float32.
 """
 
 import math
@@ -226,11 +226,10 @@ def backward(
     """Gradients of hidden states `[M, H]`, weight `[V, H]` and bias `[V]`; empty where not needed."""
     walk = _Backward(head, saved, labels, grad_logps, needs)
     if needs.hidden and not walk.filtered:
-        walk.write_hidden_gradient(saved.unit[span] * walk.factor[span, None] for span in walk.cuts.chunks)
+        products = (saved.unit[span] * walk.factor[span, None] for span in walk.cuts.chunks)
+        walk.write_hidden_gradient(x.to(walk.hidden.dtype) for x in products)
     if needs.weight or needs.bias or walk.filtered:
         walk.run()
-    if needs.hidden and walk.filtered:
-        walk.write_hidden_gradient(chunk.hidden_gradient() for chunk in walk.chunks)
     return walk.hidden, walk.weight, walk.bias.to(head.weight.dtype)
 
 
@@ -259,26 +258,28 @@ class _Backward:
         recomputes = self.filtered or self.cuts.kept_tiles < len(self.cuts.tiles)
         pairs = self.needs.hidden and self.filtered
         work = _Work(self.head, self.cuts, weight=recomputes, pairs=pairs, unit=recomputes)
-        self.chunks = [_BackwardChunk(work, self, number) for number in range(len(self.cuts.chunks))]
+        chunks = [_BackwardChunk(work, self, number) for number in range(len(self.cuts.chunks))]
         # A chunk alone writes the gradient's rows itself; several are summed in float32.
-        size = self.cuts.buffers.columns * self.cuts.width if self.needs.weight and len(self.chunks) > 1 else 0
+        size = self.cuts.buffers.columns * self.cuts.width if self.needs.weight and len(chunks) > 1 else 0
         memory = torch.empty(size)
         for tile, columns in enumerate(self.cuts.tiles):
             out = self.weight[columns]
             if size:
                 out = memory[: out.numel()].view(out.shape).zero_()
-            for chunk in self.chunks:
+            for chunk in chunks:
                 chunk.read(tile, columns, out)
             if size:
                 self.weight[columns] = out
         if self.needs.bias:
             self.bias.index_add_(0, self.labels, self.factor * self.saved.stats[3])
+        if self.needs.hidden and self.filtered:
+            self.write_hidden_gradient(chunk.hidden_gradient() for chunk in chunks)
 
     def write_hidden_gradient(self, chunks: Iterable[Tensor]) -> None:
-        """Round the chunks' parts `[n, H]` into that of all positions."""
+        """Put the chunks' rows `[n, H]` where their positions read the hidden states."""
         index = self.saved.positions - int(self.head.options.shift)
         for span, rows in zip(self.cuts.chunks, chunks):
-            self.hidden.index_copy_(0, index[span], rows.to(self.hidden.dtype))
+            self.hidden.index_copy_(0, index[span], rows)
 
 
 class _BackwardChunk:
@@ -329,13 +330,15 @@ class _BackwardChunk:
         kept = self.walk.cuts.kept(self.walk.saved.kept, tile, self.number)
         count = columns.stop - columns.start
         labels = self.columns - columns.start
-        made = Tile(self.lanes, self.work.weight, labels, self.rows, count, self.walk.cuts.width, self.work.head.options)
+        made = Tile(
+            self.lanes, self.work.weight, labels, self.rows, count, self.walk.cuts.width, self.work.head.options
+        )
         self._add(made._replace(unit=kept), factor, columns, None, out)
 
     def _add(self, tile: Tile, factor: Tensor | None, columns: slice, index: Tensor | None, out: Tensor) -> None:
         if self.walk.needs.weight:
             self._pack_elements(factor)
-            several = len(self.walk.chunks) > 1
+            several = len(self.walk.cuts.chunks) > 1
             native_head.weight_gradient(tile, self.elements, LabelGain(self.hidden, self.gain), index, out, several)
         if self.walk.needs.bias:
             ones = torch.ones_like(self.scale) if factor is None else factor
@@ -362,12 +365,12 @@ class _BackwardChunk:
             yield active
 
     def hidden_gradient(self) -> Tensor:
-        """`[n, H]`, with the labels' part."""
+        """`[n, H]`, with the labels' part, rounded."""
         assert self.gradient is not None
         result = _unpacked(self.gradient, self.rows, self.walk.cuts.width)
         for part in spans(self.rows, LABEL_ROWS):
             result[part].addcmul_(self.gain[: self.rows][part, None], self.work.head.weight[self.labels[part]].float())
-        return result
+        return result.to(self.hidden.dtype)
 
 
 def _places(labels: Tensor, index: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from ..kernels.native_head import Buffers
+from ..kernels.native_head import PANEL, Buffers, panels
 
 LABEL_ROWS = 128  # rows whose label's part is taken at once
 # Rows a chunk and columns a tile, the first that the budget allows: its packed operands are read from caches.
 _SHAPES = ((1024, 2016), (1024, 1008), (1024, 504), (512, 504), (512, 252), (256, 252), (128, 252))
-_A_ROW = 128  # bytes of the numbers that a row has beside its hidden state
+_A_ROW_FORWARD, _A_ROW_BACKWARD = 88, 48  # bytes of the numbers that a row has beside its hidden state
 _SMALL = 4096  # tensors of a few numbers
 
 
@@ -53,7 +53,7 @@ class CpuWork:
         lanes, gradient = 4 * math.prod(shapes.lanes), 4 * math.prod(shapes.gradient) * differentiates
         packing = hidden + max(label_rows * 14, lanes + gradient)
         ending = lanes + gradient + max(gradient, label_rows * 6 * differentiates)
-        chunk_bytes = chunk * _A_ROW + max(packing, ending)
+        chunk_bytes = chunk * _A_ROW_FORWARD + max(packing, ending)
         return self.kept_bytes(chunk, tile, kept) + self.rows * 8 + of_tile + chunk_bytes
 
     def backward_bytes(self, chunk: int, tile: int, kept: int) -> int:
@@ -63,16 +63,17 @@ class CpuWork:
         if not (self.needs_weight or self.filtered):
             return saved + ending
         recomputes, chunks = kept * tile < self.vocab, math.ceil(self.rows / chunk)
-        shapes = Buffers(chunk, tile, self.hidden)
+        shapes = Buffers(self._padded_rows(chunk), tile, self.hidden)  # of all chunks
         differentiates = self.needs_hidden and self.filtered
-        of_chunk = chunk * (self.hidden * 2 + _A_ROW)
-        of_chunk += 4 * math.prod(shapes.lanes) * recomputes
-        of_chunk += 4 * math.prod(shapes.elements) * self.needs_weight
-        of_chunk += 4 * math.prod(shapes.gradient) * differentiates
+        of_rows = self.rows * (self.hidden * 2 + _A_ROW_BACKWARD)
+        of_rows += 4 * math.prod(shapes.lanes) * recomputes
+        of_rows += 4 * math.prod(shapes.elements) * self.needs_weight
+        of_rows += 4 * math.prod(shapes.gradient) * differentiates
+        shapes = shapes._replace(rows=chunk)
         of_tile = self._tile_bytes(shapes, pairs=differentiates, unit=recomputes) if recomputes else 0
         exact = 4 * min(tile, self.vocab) * self.hidden * (chunks > 1) * self.needs_weight
-        ending = (4 * math.prod(shapes.gradient) + chunk * self.hidden * 2) * differentiates
-        return saved + chunks * of_chunk + of_tile + max(exact, ending)
+        ending = (4 * math.prod(shapes.gradient) + chunk * self.hidden * 4) * differentiates
+        return saved + of_rows + of_tile + max(exact, ending)
 
     def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """What waits between the passes."""
@@ -81,7 +82,12 @@ class CpuWork:
         size += self.rows * self.hidden * 4 * (self.needs_hidden and not self.filtered)
         size += chunks * self.vocab * self.filtered
         columns = min(math.ceil(self.vocab / 14) * 14, kept * tile)
-        return size + kept * self.rows * 4 + chunks * math.ceil(chunk / 32) * 64 * columns
+        return size + kept * self.rows * 4 + 2 * self._padded_rows(chunk) * columns
+
+    def _padded_rows(self, chunk: int) -> int:
+        """Rows of all chunks, each continued to whole panels."""
+        whole, last = divmod(self.rows, chunk)
+        return (whole * panels(chunk) + panels(last)) * PANEL
 
     def gradient_bytes(self) -> int:
         """The gradients themselves."""

@@ -100,16 +100,16 @@ def memory_plan(
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     budget = parse_budget(memory_budget, device)
-    sizes = {"rows": rows, "positions": rows if positions is None else positions, "hidden": hidden, "vocab": vocab}
-    needs = {"needs_hidden": needs_hidden, "needs_weight": needs_weight, "filtered": gradient_filter is not None}
+    sizes = rows, rows if positions is None else positions, hidden, vocab
+    needs = needs_hidden, needs_weight, gradient_filter is not None
     work: CpuWork | _Work
     if native_head.serves(device.type, dtype, backend):
-        work = CpuWork(**sizes, **needs)
+        work = CpuWork(*sizes, *needs)
         chunk, tile = work.shape(budget)
     else:
         work = _Work(
-            **sizes,
-            **needs,
+            *sizes,
+            *needs,
             item=dtype.itemsize,
             operand=operand_dtype(dtype, device).itemsize,
             exact=max(4, dtype.itemsize),
@@ -194,12 +194,12 @@ class _Work:
     positions: int
     hidden: int
     vocab: int
-    item: int  # bytes of an element of hidden states, weight and what is kept
-    operand: int  # bytes of an element as GEMMs read it
-    exact: int  # bytes of an element of logits, statistics and accumulated gradients
     needs_hidden: bool
     needs_weight: bool
     filtered: bool
+    item: int  # bytes of an element of hidden states, weight and what is kept
+    operand: int  # bytes of an element as GEMMs read it
+    exact: int  # bytes of an element of logits, statistics and accumulated gradients
     capped: bool
     reference: bool
 

@@ -4,10 +4,9 @@ Layouts and arithmetic: csrc/head.h. A tile is all rows of a chunk by some colum
 `P = exp(z - reference)`, 0 at each row's label, `forward` sums P over the columns and `backward` makes it again.
 """
 
-import ctypes
 import functools
 from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_int64, c_void_p
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,9 +167,19 @@ class _Matrix(Structure):
 
 class _Tile(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("lanes", "rows", "pairs", "bias", "labels", "gradient", "unit")),
-        *((name, c_int64) for name in ("row_count", "column_count", "width")),
-        *((name, c_double) for name in ("logit_scale", "softcap", "temperature")),
+        ("lanes", c_void_p),
+        ("rows", c_void_p),
+        ("pairs", c_void_p),
+        ("bias", c_void_p),
+        ("labels", c_void_p),
+        ("gradient", c_void_p),
+        ("unit", c_void_p),
+        ("row_count", c_int64),
+        ("column_count", c_int64),
+        ("width", c_int64),
+        ("logit_scale", c_double),
+        ("softcap", c_double),
+        ("temperature", c_double),
     ]
 
 
@@ -186,7 +195,10 @@ class _WeightGradient(Structure):
     _fields_ = [
         ("elements", c_void_p),
         ("hidden", _Matrix),
-        *((name, c_void_p) for name in ("gain", "index", "rounded", "exact")),
+        ("gain", c_void_p),
+        ("index", c_void_p),
+        ("rounded", c_void_p),
+        ("exact", c_void_p),
         ("add", c_int32),
     ]
 
@@ -209,7 +221,7 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, list[Any]] = {
     "pack_hidden": [POINTER(_Matrix), c_void_p, c_void_p, c_void_p],
     "pack_weight": [POINTER(_Matrix), c_void_p, c_void_p],
     "forward": [POINTER(_Tile), POINTER(_Running)],
@@ -220,15 +232,15 @@ _ARGUMENTS = {
 
 
 @functools.cache
-def _functions() -> dict[str, ctypes._CFuncPtr]:  # type: ignore[name-defined]
+def _functions() -> dict[str, Any]:
     functions = {}
     for name, arguments in _ARGUMENTS.items():
         function = getattr(native._library(), f"rpo_head_{name}")
-        function.argtypes, function.restype = [c_void_p, c_void_p, *arguments], None
+        function.argtypes, function.restype = [c_void_p, POINTER(native._Workers), *arguments], None
         functions[name] = function
     return functions
 
 
-def _call(name: str, *arguments: object) -> None:
+def _call(name: str, *arguments: Any) -> None:
     workers = native._workers()
-    _functions()[name](native._level_pointer(native.level()), ctypes.addressof(workers), *arguments)
+    _functions()[name](native._level_pointer(native.level()), byref(workers), *arguments)
