@@ -73,7 +73,7 @@ class CpuWork:
         of_tile = self._tile_bytes(shapes, pairs=differentiates, unit=recomputes) if recomputes else 0
         exact = 4 * min(tile, self.vocab) * self.hidden * (chunks > 1) * self.needs_weight
         ending = (4 * math.prod(shapes.gradient) + chunk * self.hidden * 4) * differentiates
-        return saved + of_rows + of_tile + max(exact, ending)
+        return saved + of_rows + of_tile + exact + ending
 
     def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """What waits between the passes."""
