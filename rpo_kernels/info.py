@@ -1,12 +1,13 @@
-"""`rpo-kernels info`: the version and which backends are live."""
+"""`rpo-kernels info`: the version, which backends are live, and which products the head level uses on this CPU."""
 
 from collections.abc import Sequence
 
 from . import __version__, backend_info
+from .kernels import native_head
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print one line for each backend. Returns the exit status."""
+    """Print one line for each backend and one for the head's products. Returns the exit status."""
     if argv:
         print("usage: rpo-kernels info\n\nShow the version and which backends are live, and why one is not.")
         return 0 if argv[0] in ("-h", "--help") else 2
@@ -14,4 +15,5 @@ def main(argv: Sequence[str]) -> int:
     for name, backend in backend_info().items():
         state = f"live on {backend['device']}, {backend['version']}" if backend["live"] else f"off: {backend['reason']}"
         print(f"  {name:<7} {state}")
+    print(f"  products of a bfloat16 head on this CPU: {native_head.describe()}")
     return 0

@@ -21,9 +21,23 @@ def reason() -> str | None:
     """Why bfloat16 products cannot run here, or None if they can."""
     if not native.available():
         return native.reason()
-    if not native.has_head():
-        return f"no bfloat16 units in use (level {native.level()})"
-    return None
+    try:
+        if native.has_head():
+            return None
+    except ValueError as error:  # the variable names a level that does not run here
+        return str(error)
+    best = native.levels()[0]
+    if best == "avx512bf16":
+        return f"{native.LEVEL_VARIABLE}={native.level()}"
+    return f"no avx512_bf16 in this CPU or in the compiler that built {native.LIBRARY.name} (level {best})"
+
+
+def describe() -> str:
+    """Which products the head level uses for bfloat16 operands on the CPU, and why, in words."""
+    why_not = reason()
+    if why_not is None:
+        return f"bfloat16 operands, float32 results, softmax inside ({native.level()})"
+    return f"float32, operands converted: {why_not}"
 
 
 def serves(device_type: str, dtype: torch.dtype, backend: str | None) -> bool:

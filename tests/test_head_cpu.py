@@ -1,0 +1,258 @@
+"""The head level's walk on CPUs with bfloat16 units: exactness, tails, the filter, bits, what the instruction does.
+
+Runs on the units where the CPU has them, and on their emulation wherever there is AVX-512.
+"""
+
+import math
+
+import pytest
+import torch
+
+import reference
+from rpo_kernels import linear_token_logprobs, memory_plan
+from rpo_kernels.head import cpu_plan
+from rpo_kernels.kernels import native, native_head
+from rpo_kernels.kernels.interface import TokenOptions
+
+RUNNING = native.levels() if native.available() else []
+LEVELS = [level for level in ("avx512bf16", "emulated") if level in RUNNING or "avx512" in RUNNING[1:]]
+if "avx512bf16" not in RUNNING:
+    LEVELS = ["emulated"] if "avx512" in RUNNING else []
+ROUNDED = 3e-3  # of a gradient that was rounded to bfloat16 twice
+
+
+@pytest.fixture(params=LEVELS or [pytest.param("none", marks=pytest.mark.skip(reason="needs AVX-512"))])
+def level(request, monkeypatch):
+    """Each implementation of the products that this machine runs, in force for the test."""
+    monkeypatch.setenv(native.LEVEL_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Chunks of 64 rows and tiles of 42 columns, so that small inputs have several of both."""
+    monkeypatch.setattr(cpu_plan, "_SHAPES", ((64, 42),))
+
+
+def make(rows, width, vocab, spread=3.0, seed=0):
+    """Hidden states, weight, and labels with the first and the last column among them; factors of the loss."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator).bfloat16()
+    weight = (torch.randn(vocab, width, generator=generator) * spread / math.sqrt(width)).bfloat16()
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    labels[0], labels[-1] = 0, vocab - 1
+    return hidden, weight, labels, torch.randn(rows, generator=generator)
+
+
+def run(hidden, weight, labels, factors, bias=None, **options):
+    """Values, dropped mass and the gradients of the tensors."""
+    leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    logps, dropped = linear_token_logprobs(
+        *leaves[:2], labels, bias=leaves[2] if len(leaves) > 2 else None, return_dropped=True, **options
+    )
+    return logps.detach(), dropped, torch.autograd.grad((logps * factors).sum(), leaves)
+
+
+def expected(hidden, weight, labels, factors, bias=None, **options):
+    """The same in float64 over the full logits."""
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    logits = leaves[0] @ leaves[1].T + (leaves[2] if len(leaves) > 2 else 0)
+    logps = reference.token_logprobs(logits, labels, **options)
+    return logps.detach(), torch.autograd.grad((logps * factors).sum(), leaves)
+
+
+def assert_close(got, wanted, value=5e-6):
+    logps, _, gradients = got
+    true_logps, true_gradients = wanted
+    torch.testing.assert_close(logps.double(), true_logps, rtol=value, atol=value)
+    for gradient, truth in zip(gradients, true_gradients, strict=True):
+        error = (gradient.double() - truth).norm() / truth.norm().clamp(min=1e-6)
+        assert error < ROUNDED, error
+
+
+@pytest.mark.parametrize("budget", [0, "1GB"], ids=["recomputed", "kept"])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (5, 3, 2), (33, 40, 501), (64, 64, 280), (130, 97, 215), (31, 15, 14), (97, 33, 29)]
+)
+def test_sizes_that_are_multiples_of_nothing(level, small_tiles, sizes, budget):
+    inputs = make(*sizes)
+    assert_close(run(*inputs, memory_budget=budget), expected(*inputs))
+
+
+@pytest.mark.parametrize(
+    "options", [dict(softcap=5.0), dict(temperature=0.7, logit_scale=0.4), dict(softcap=3.0, logit_scale=2.0)]
+)
+@pytest.mark.parametrize("budget", [0, "1GB"], ids=["recomputed", "kept"])
+def test_transforms_and_bias(level, small_tiles, options, budget):
+    hidden, weight, labels, factors = make(100, 50, 301, spread=6.0)
+    bias = torch.randn(301).bfloat16()
+    inputs = (hidden, weight, labels, factors, bias)
+    assert_close(run(*inputs, memory_budget=budget, **options), expected(*inputs, **options))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 2**-12])
+def test_columns_of_minus_infinity(level, small_tiles, threshold):
+    """A bias may mask columns, whole tiles and all but the label."""
+    hidden, weight, labels, factors = make(70, 24, 200)
+    bias = torch.zeros(200).bfloat16()
+    bias[40:120] = -math.inf
+    labels[(labels >= 40) & (labels < 120)] = 3
+    inputs = (hidden, weight, labels, factors, bias)
+    assert_close(run(*inputs, memory_budget="1GB", gradient_filter=threshold), expected(*inputs))
+    bias[:] = -math.inf
+    bias[labels] = 0
+    logps, _, gradients = run(hidden, weight, labels.clone().fill_(3), factors, torch.where(bias == 0, bias, bias))
+    assert torch.isfinite(logps).all() and all(torch.isfinite(x).all() for x in gradients)
+
+
+def test_a_label_without_weight_and_a_row_of_nothing(level):
+    hidden, weight, labels, _ = make(40, 16, 64)
+    bias = torch.zeros(64).bfloat16()
+    bias[labels[0]] = -math.inf
+    logps = linear_token_logprobs(hidden, weight, labels, bias=bias)
+    assert logps[0] == -math.inf and torch.isfinite(logps[labels != labels[0]]).all()
+    assert linear_token_logprobs(hidden, weight, labels, bias=bias - math.inf).isnan().all()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_spoils_no_other(level, small_tiles, poison):
+    hidden, weight, labels, factors = make(70, 24, 200)
+    clean = run(hidden, weight, labels, factors)
+    hidden[17, 3] = poison
+    logps, _, (grad_hidden, _) = run(hidden, weight, labels, factors)
+    others = torch.arange(70) != 17
+    assert not torch.isfinite(logps[17]) and torch.equal(logps[others], clean[0][others])
+    assert torch.equal(grad_hidden[others], clean[2][0][others])
+
+
+@pytest.mark.parametrize("budget", [0, "1GB"], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("step", [1.0, 12.0, 40.0])
+def test_logits_that_rise_with_every_column(level, small_tiles, step, budget):
+    """The reference moves in every strip, by less and by more than what float32 holds."""
+    hidden, weight, labels, factors = make(70, 8, 150, spread=0.5)
+    hidden[:, 0] = torch.where(torch.arange(70) % 2 == 0, 1.0, -1.0)  # rising in some rows, falling in others
+    weight[:, 0] = (torch.arange(150) * step / 14).bfloat16()
+    inputs = (hidden, weight, labels, factors)
+    assert_close(run(*inputs, memory_budget=budget), expected(*inputs), value=2e-5)
+    kept = run(*inputs, memory_budget=budget, gradient_filter=2**-20)
+    assert_close(kept, expected(*inputs), value=2e-5)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["hidden", "weight"])
+@pytest.mark.parametrize("threshold", [None, 2**-14])
+def test_one_gradient_alone_has_the_bits_of_both(level, small_tiles, needs, threshold):
+    hidden, weight, labels, factors = make(130, 40, 200)
+    _, _, both = run(hidden, weight, labels, factors, gradient_filter=threshold, memory_budget=0)
+    leaves = [x.clone().requires_grad_(need) for x, need in zip((hidden, weight), needs)]
+    logps = linear_token_logprobs(*leaves, labels, gradient_filter=threshold, memory_budget=0)
+    (alone,) = torch.autograd.grad((logps * factors).sum(), [x for x in leaves if x.requires_grad])
+    assert torch.equal(alone, both[needs.index(True)])
+
+
+@pytest.mark.parametrize("threshold", [2**-8, 2**-14])
+def test_the_filter_drops_what_it_says(level, small_tiles, threshold):
+    """A column is left out only if |dlogp / dlogit| is at most the threshold in all rows of the chunk; the mass that
+    is dropped is at least what was left out, and bounds the error."""
+    hidden, weight, labels, factors = make(64, 32, 700, spread=12.0)
+    exact, (true_hidden, true_weight) = expected(hidden, weight, labels, factors)
+    logps, dropped, (grad_hidden, grad_weight) = run(
+        hidden, weight, labels, factors, gradient_filter=threshold, memory_budget=0
+    )
+    probabilities = (hidden.double() @ weight.double().T).softmax(-1)
+    out = grad_weight.abs().sum(-1) == 0
+    assert 20 < out.sum() < 650 and (probabilities[:, out] <= threshold).all()
+    mass = probabilities[:, out].sum(-1)
+    assert (dropped >= mass * (1 - 1e-6)).all() and (dropped <= mass * 1.02 + 1e-9).all()
+    error = (grad_hidden.double() - true_hidden).norm(dim=-1)
+    bound = dropped.double() * factors.abs() * weight.double().norm(dim=-1).max()
+    assert (error <= bound + ROUNDED * true_hidden.norm(dim=-1)).all()
+    kept_error = (grad_weight.double() - true_weight)[~out].norm() / true_weight.norm()
+    assert kept_error < ROUNDED
+    assert_close((logps, None, []), (exact, []))
+
+
+@pytest.mark.parametrize("threshold", [None, 2**-12])
+def test_bits_do_not_depend_on_the_number_of_threads(level, monkeypatch, threshold):
+    monkeypatch.setattr(cpu_plan, "_SHAPES", ((256, 252),))
+    inputs, before = make(300, 40, 1000, spread=8.0), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            logps, dropped, gradients = run(*inputs, gradient_filter=threshold, memory_budget="1MB")
+            results.append((logps, dropped, *gradients))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.skipif(len(LEVELS) < 2, reason="this CPU has no bfloat16 units to compare with")
+@pytest.mark.parametrize("scale", [1.0, 2.0**-60], ids=["normal", "denormal products"])
+def test_the_emulation_gives_the_bits_of_the_units(monkeypatch, small_tiles, scale):
+    hidden, weight, labels, factors = make(70, 45, 200)
+    results = []
+    for name in LEVELS:
+        monkeypatch.setenv(native.LEVEL_VARIABLE, name)
+        logps, _, gradients = run(hidden * scale, weight * scale, labels, factors * 2.0**-100, memory_budget="1GB")
+        results.append((logps, *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def product(units, hidden):
+    """`units^T hidden` of one column, rows [n], by the products for the weight's gradient; hidden `[n, 1]`."""
+    rows = len(units)
+    shapes = native_head.Buffers(rows, 1, 1)
+    unit, elements = (torch.zeros(shape, dtype=torch.int32) for shape in (shapes.unit, shapes.elements))
+    unit.view(torch.bfloat16).view(14, 32)[0, :rows] = torch.tensor(units).bfloat16()
+    states = torch.tensor(hidden).bfloat16()[:, None]
+    native_head.pack_hidden(states, None, elements)
+    none = torch.zeros(32)
+    tile = native_head.Tile(unit, unit, none.int() - 1, rows, 1, 1, TokenOptions(), unit=unit)
+    out = torch.zeros(1, 1)
+    native_head.weight_gradient(tile, elements, native_head.LabelGain(states, none), None, out)
+    return out.item()
+
+
+@pytest.mark.parametrize(
+    "units, hidden, result",
+    [
+        ([2.0**24, 0.0, 1.0, 1.0], [1.0] * 4, 2.0**24),  # each product is added and rounded alone
+        ([2.0**24, 0.0, -(2.0**24), 1.0], [1.0] * 4, 0.0),  # the odd one first
+        ([2.0**24, 0.0, 1.0, -(2.0**24)], [1.0] * 4, 1.0),
+        ([2.0**-65, 0.0], [2.0**-65, 0.0], 0.0),  # a denormal product
+        ([2.0**-130, 0.0], [2.0**60, 0.0], 0.0),  # a denormal operand
+        ([2.0**-60, 0.0], [2.0**-66, 0.0], 2.0**-126),  # the smallest that counts
+    ],
+)
+def test_what_the_instruction_does(level, units, hidden, result):
+    assert product(units, hidden) == result
+
+
+def test_a_weight_that_is_not_dense(level):
+    hidden, weight, labels, factors = make(40, 24, 100)
+    dense = run(hidden, weight, labels, factors)
+    wide = torch.empty(100, 48, dtype=torch.bfloat16)
+    wide[:, :24] = weight
+    for view in (wide[:, :24], weight.T.contiguous().T):
+        leaf = view.detach().requires_grad_()
+        logps = linear_token_logprobs(hidden, leaf, labels)
+        (gradient,) = torch.autograd.grad((logps * factors).sum(), leaf)
+        assert torch.equal(logps, dense[0]) and torch.equal(gradient, dense[2][1])
+
+
+def test_no_scored_row(level):
+    hidden, weight, labels, factors = make(10, 24, 100)
+    logps, _, gradients = run(hidden, weight, labels.fill_(-100), factors)
+    assert not logps.any() and not any(x.any() for x in gradients)
+
+
+def test_the_plan_is_that_of_the_walk(level, monkeypatch):
+    """Where the units are not in use, the float32 walk is planned and serves."""
+    planned = memory_plan(1000, 640, 100_000, memory_budget="10GB")
+    assert planned.tile_columns % native_head.STRIP == 0 and planned.head_gemms == 3
+    monkeypatch.setenv(native.LEVEL_VARIABLE, "avx2")
+    assert native_head.reason() == f"{native.LEVEL_VARIABLE}=avx2" or level == "emulated"
+    assert memory_plan(1000, 640, 100_000, memory_budget="10GB") != planned
+    inputs = make(40, 24, 100)
+    assert_close(run(*inputs), expected(*inputs))
