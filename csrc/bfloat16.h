@@ -1,8 +1,8 @@
 // bfloat16 operands and float results: the instruction of CPUs that multiply bfloat16 (vdpbf16ps), or the same arithmetic
 // in AVX-512 without it (RPO_EMULATED), which is slow and gives the same bits, so that other machines can run the tests.
 //
-// vdpbf16ps adds two products to a float: the odd one first, then the even one, each sum rounded to nearest even.
-// Denormal operands, products, addends and sums count as 0, whatever the rounding mode and flags of the thread.
+// vdpbf16ps is two fused multiply-adds: the odd product first, then the even one, each sum rounded to nearest even.
+// Denormal operands, addends and sums count as 0, whatever the rounding mode and flags of the thread.
 #pragma once
 
 #include "simd.h"
@@ -25,9 +25,8 @@ class FlushDenormals {
 
 RPO_INLINE __m512 add_products(__m512 sum, __m512i a, __m512i b) {
   const __m512i high = _mm512_set1_epi32(int(0xffff0000));
-  const __m512 odd = _mm512_mul_ps((__m512)_mm512_and_si512(a, high), (__m512)_mm512_and_si512(b, high));
-  const __m512 even = _mm512_mul_ps((__m512)_mm512_slli_epi32(a, 16), (__m512)_mm512_slli_epi32(b, 16));
-  return _mm512_add_ps(_mm512_add_ps(sum, odd), even);
+  sum = _mm512_fmadd_ps((__m512)_mm512_and_si512(a, high), (__m512)_mm512_and_si512(b, high), sum);
+  return _mm512_fmadd_ps((__m512)_mm512_slli_epi32(a, 16), (__m512)_mm512_slli_epi32(b, 16), sum);
 }
 
 // 32 bfloat16: those of `low` first. Denormals become 0, a NaN stays one.
