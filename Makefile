@@ -22,7 +22,7 @@ train: $(VENV)/.train
 	$(BIN)/rpo-kernels train
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -m "not real" -n 2 --durations 15
+	$(BIN)/python -m pytest -m "not real and not slow" -n 2 --durations 15
 
 sanitize: $(VENV)/.test
 	PYTHON=$(BIN)/python csrc/sanitize.sh -m "not slow"
