@@ -13,7 +13,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -152,28 +152,37 @@ class Patch:
             self._say(f"log-probabilities of logits scaled by {logit_scale} are not covered")
             arguments = (hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale)
             return own.apply(*arguments, *([] if outputs is None else [outputs]))
-        wanted = ("entropy",) if outputs is None else tuple(o for o in HEAD_OUTPUTS if o in outputs)
+        wanted = ("entropy",) if outputs is None else tuple(name for name in HEAD_OUTPUTS if name in outputs)
         dtype = _compute_dtype(hidden)
-        with self._gathered_in_backward(weight, bias):
-            result: Any = linear_token_logprobs(
-                hidden.to(dtype),
-                weight.to(dtype),
+        operands = [x if x is None else x.to(dtype) for x in (hidden, weight, bias)]
+
+        def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, ...], grad: bool) -> Any:
+            return linear_token_logprobs(
+                hidden,
+                weight,
                 targets,
-                bias=None if bias is None else bias.to(dtype),
+                bias=bias,
                 temperature=temperature,
                 softcap=final_logit_softcapping,
                 logit_scale=logit_scale,
                 ignore_index=NOT_SCORED,
                 memory_budget=self.memory_budget,
                 gradient_filter=self.gradient_filter,
-                outputs=tuple(HEAD_OUTPUTS[name] for name in wanted),
+                outputs=names,
+                entropy_grad=grad,
             )
+
+        with self._gathered_in_backward(weight, bias):
+            result = compute(*operands, tuple(HEAD_OUTPUTS[name] for name in wanted), False)
+            values = {name: getattr(result, HEAD_OUTPUTS[name]) for name in wanted} if wanted else {}
+            if "entropy" in values:
+                values["entropy"] = _Entropy.apply(values["entropy"], *operands, compute)
+        logps = result.logps if wanted else result
         if outputs is None:
-            return result.logps, result.entropy
-        values = {name: getattr(result, ours) for name, ours in HEAD_OUTPUTS.items() if name in wanted}
+            return logps, values["entropy"]
         if "is_top1" in values:
             values["is_top1"] = values["is_top1"].bool()
-        return result.logps, *(values.get(name) for name in HEAD_OUTPUTS)
+        return logps, *(values.get(name) for name in HEAD_OUTPUTS)
 
     @contextlib.contextmanager
     def _gathered_in_backward(self, *parameters: Tensor | None) -> Iterator[None]:
@@ -251,6 +260,29 @@ class Patch:
         if what not in self._said:
             self._said.add(what)
             warnings.warn(f"rpo_kernels: {what}; TRL's own function computes them", stacklevel=4)
+
+
+class _Entropy(torch.autograd.Function):
+    """An entropy that costs nothing to have: most trainers only log it. Where one differentiates it, backward computes
+    it again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, compute: Callable
+    ) -> Tensor:
+        ctx.compute = compute
+        ctx.save_for_backward(hidden, weight, bias)
+        return entropy.view_as(entropy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needs = ctx.needs_input_grad[1:4]
+        operands = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needs)]
+        with torch.enable_grad():
+            entropy = ctx.compute(*operands, ("entropy",), True).entropy
+        wanted = [x for x, need in zip(operands, needs) if need]
+        gradients = iter(torch.autograd.grad(entropy, wanted, grad))
+        return None, *(next(gradients) if need else None for need in needs), None
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
