@@ -192,6 +192,8 @@ def test_settings_name_an_objective(tmp_path):
         str(tmp_path), use_cpu=True, bf16=False, beta=0.3, objective_kwargs='{"eta": 0.5, "distance": "sq"}'
     )
     assert config.make_objective() == RPO("sq", beta=0.3, eta=0.5)
+    config = RPOConfig(str(tmp_path), use_cpu=True, bf16=False, objective="simpo")
+    assert config.make_objective() == SimPO()
     for wrong in (dict(objective="best"), dict(objective_kwargs={"wrong": 1})):
         with pytest.raises(ValueError, match=r"best|wrong"):
             RPOConfig(str(tmp_path), use_cpu=True, bf16=False, **wrong).make_objective()

@@ -29,8 +29,10 @@ def _outputs(z, labels, ignore, outputs, logps):
     return TokenOutputs(logps, **{k: torch.where(scored, v, 0) for k, v in values.items() if k in outputs})
 
 
-def linear_token_logprobs(hidden, weight, labels, *, outputs=(), **o):
+def linear_token_logprobs(hidden, weight, labels, *, outputs=(), entropy_grad=True, **o):
     logps = _linear(hidden, weight, labels, **o)
+    if not outputs:
+        return logps
     z = hidden.float() @ weight.float().T
     if o.get("bias") is not None:
         z = z + o["bias"].float()

@@ -40,7 +40,8 @@ class RPOConfig(trl.DPOConfig):
 
     Attributes:
         objective: name of a preset (`rpo_kernels.objectives.PRESETS`); `RPOTrainer(objective=...)` takes any other.
-        objective_kwargs: its parameters beside `beta`, as a dict or a JSON string: `{"eta": 0.5, "distance": "sq"}`.
+        beta: of the objective; None: the objective's own default.
+        objective_kwargs: its other parameters, as a dict or a JSON string: `{"eta": 0.5, "distance": "sq"}`.
         reward_columns: columns of the data that hold the rewards of `chosen` and `rejected`, where it has those.
         memory_budget, gradient_filter: as in `linear_token_logprobs`.
         shared_prompts: `"auto"`, `"on"` or `"off"`: compute each prompt once for its responses, without padding, where
@@ -49,6 +50,9 @@ class RPOConfig(trl.DPOConfig):
 
     _VALID_DICT_FIELDS = trl.DPOConfig._VALID_DICT_FIELDS + ["objective_kwargs"]
 
+    beta: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Implicit reward per unit of log-ratio; by default the objective's own."}
+    )
     objective: str = field(default="rpo", metadata={"help": "Name of the objective."})
     objective_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Parameters of the objective beside beta, as JSON."}
@@ -75,7 +79,9 @@ class RPOConfig(trl.DPOConfig):
             raise ValueError(f"objective must be one of {sorted(objectives.PRESETS)}, got {self.objective!r}")
         preset = objectives.PRESETS[self.objective]
         options = self.objective_kwargs or {}
-        options = {"beta": self.beta} | (json.loads(options) if isinstance(options, str) else options)
+        options = json.loads(options) if isinstance(options, str) else options
+        if self.beta is not None:
+            options = {"beta": self.beta} | options
         takes = list(inspect.signature(preset).parameters)
         if unknown := sorted(set(options) - set(takes)):
             raise ValueError(f"objective {self.objective!r} takes {takes}, not {unknown}")
