@@ -154,7 +154,7 @@ class Patch:
             return own.apply(*arguments, *([] if outputs is None else [outputs]))
         wanted = ("entropy",) if outputs is None else tuple(name for name in HEAD_OUTPUTS if name in outputs)
         dtype = _compute_dtype(hidden)
-        operands = [x if x is None else x.to(dtype) for x in (hidden, weight, bias)]
+        operands = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
         def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, ...], grad: bool) -> Any:
             return linear_token_logprobs(
@@ -280,7 +280,7 @@ class _Entropy(torch.autograd.Function):
         operands = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needs)]
         with torch.enable_grad():
             entropy = ctx.compute(*operands, ("entropy",), True).entropy
-        wanted = [x for x, need in zip(operands, needs) if need]
+        wanted = [x for x in operands if x is not None and x.requires_grad]
         gradients = iter(torch.autograd.grad(entropy, wanted, grad))
         return None, *(next(gradients) if need else None for need in needs), None
 
