@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import checks_values
+from ._checks import INTEGER, check_device, check_shape, check_tensor, checks_values
 from ._registration import TOKEN_OPTIONS, register, register_overwriting, saves_without_hooks
 from .kernels import dispatch
 from .kernels.interface import EntropyGrad, RowStats, TokenOptions
@@ -39,8 +39,11 @@ def token_logprobs(
         temperature, softcap, logit_scale: positive; softcap None means none (Gemma 2 uses 30, arXiv 2408.00118).
         shift: labels stand beside the input ids (Hugging Face convention): logits at `t - 1` are scored against
             `labels[..., t]`, and position 0 is not scored. Nothing is copied.
-        inplace_backward: the gradient overwrites the logits' memory. Any other reader of the logits in backward then
-            gets autograd's error about modified tensors. Rows must not share memory (`expand`).
+        inplace_backward: the gradient overwrites the logits' memory, in eager mode and compiled. Whatever else saved
+            the logits then gets autograd's error about modified tensors in its backward, and so does a second backward
+            under `retain_graph`. Where autograd cannot tell, under hooks for saved tensors (non-reentrant checkpoint,
+            `save_on_cpu`), and with `create_graph`, the gradient has its own memory. Rows must not share memory
+            (`expand`, `as_strided`).
         outputs: names of what else to return, any of `"entropy"`, `"mean_logit"`, `"is_top1"`, `"log_sum_sq_probs"`
             and `"dropped"` (0 here), from the same pass over the logits. Goes without `rows`.
         backend: `"triton"`, `"native"`, `"torch"`, or None for the fastest one on the logits' device.
@@ -59,18 +62,12 @@ def token_logprobs(
     options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
     options.check()
     asked = Asked.check(outputs)
-    if rows is not None:
-        if outputs:
-            raise ValueError(f"outputs go without rows, which shares a row among labels; got outputs={outputs!r}")
-        check_rows("logits", logits, rows, labels, shift)
-    _check(logits, labels if rows is None else labels.new_empty(logits.shape[:1]))
-    if labels.ndim == 0:
-        raise ValueError("labels must have at least one dimension, got a scalar")
-    if inplace_backward and any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride())):
-        raise ValueError(
-            f"inplace_backward=True needs logits whose rows do not share memory; got shape {list(logits.shape)} with "
-            f"strides {list(logits.stride())}"
-        )
+    _check(logits, labels, rows, shift)
+    dispatch.check_backend(backend)
+    if rows is not None and outputs:
+        raise ValueError(f"outputs go without rows, which shares a row among labels; got outputs={outputs!r}")
+    if inplace_backward:
+        _check_no_overlap(logits)
     if rows is not None:
         check_label_range(labels, logits.shape[-1], ignore_index)
         return shared_token_logprobs(logits, labels, rows, options, inplace_backward, backend)
@@ -100,20 +97,28 @@ def check_label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
-def _check(logits: Tensor, labels: Tensor) -> None:
-    if not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point, got {logits.dtype}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"labels must have the shape of logits without its last dimension, {list(logits.shape[:-1])}; "
-            f"got {list(labels.shape)}"
-        )
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have a vocabulary of at least one; got shape {list(logits.shape)}")
-    if logits.device != labels.device:
-        raise ValueError(f"labels must be on the logits' device {logits.device}; got {labels.device}")
+def _check(logits: Tensor, labels: Tensor, rows: Tensor | None, shift: bool) -> None:
+    check_tensor("logits", logits)
+    check_tensor("labels", labels, INTEGER)
+    if logits.ndim < 2 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V of at least one; got shape {list(logits.shape)}")
+    if rows is None:
+        check_shape("labels", labels, logits.shape[:-1], "the shape of logits without its last dimension")
+    else:
+        check_rows("logits", logits, rows, labels, shift)
+    check_device("labels", labels, "logits", logits.device)
+
+
+def _check_no_overlap(logits: Tensor) -> None:
+    """Elements are apart if each stride is longer than all that the smaller strides reach."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(logits.stride(), logits.shape) if size > 1):
+        if stride <= reach:
+            raise ValueError(
+                f"inplace_backward=True needs logits whose rows do not share memory; got shape {list(logits.shape)} "
+                f"with strides {list(logits.stride())}"
+            )
+        reach += stride * (size - 1)
 
 
 def _forward(
@@ -130,7 +135,8 @@ def _forward(
     # A label out of range has the log-probability of a column that is not there.
     if checks_values(labels) and labels.numel() and not stats.logp.amin() > -torch.inf:
         check_label_range(labels, logits.shape[-1], options["ignore_index"])
-    return stats.logp, stats.max, stats.sumexp, *pack(stats, outputs, logits.shape[-1])
+    results = (stats.logp, stats.max, stats.sumexp, *pack(stats, outputs, logits.shape[-1]))
+    return tuple(x.contiguous() for x in results)  # as the fake ones, whatever the strides of the logits
 
 
 def _fake_forward(logits: Tensor, labels: Tensor, *, outputs: Sequence[str], **_: Any) -> tuple[Tensor, ...]:

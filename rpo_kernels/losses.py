@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import check_tensor
 from .head.operator import logprobs_and_dropped
 from .kernels.interface import TokenOptions
 from .logprobs import token_logprobs
@@ -79,14 +80,16 @@ def rpo_loss(
         labels, rewards, objective, num_responses, layout, group_ids, token_weights, cu_seqlens, ignore_index, shift
     )
     logps = token_logprobs(logits, batch.labels, inplace_backward=inplace_backward, **options)
+    ref_token_logps = None
     if ref_logits is not None:
+        check_tensor("ref_logits", ref_logits)
         if ref_logps is not None:
             raise ValueError("give ref_logps or ref_logits, not both")
         if ref_logits.shape != logits.shape:
             raise ValueError(f"ref_logits must be {list(logits.shape)} as logits are; got {list(ref_logits.shape)}")
         with torch.no_grad():
-            ref_logps = token_logprobs(ref_logits, batch.labels, **options)
-    return batch.loss(logps, ref_logps, backend)
+            ref_token_logps = token_logprobs(ref_logits, batch.labels, **options)
+    return batch.loss(logps, ref_logps, backend, ref_token_logps)
 
 
 def linear_rpo_loss(
@@ -145,7 +148,9 @@ def linear_rpo_loss(
     logps, dropped = logprobs_and_dropped(
         hidden, weight, batch.labels, bias, options, memory_budget, gradient_filter, backend
     )
+    ref_token_logps = None
     if ref_hidden is not None:
+        check_tensor("ref_hidden", ref_hidden)
         if ref_logps is not None:
             raise ValueError("give ref_logps or ref_hidden, not both")
         if ref_weight is None:
@@ -156,10 +161,10 @@ def linear_rpo_loss(
                 f"head; got {list(ref_hidden.shape)}"
             )
         with torch.no_grad():
-            ref_logps, _ = logprobs_and_dropped(
+            ref_token_logps, _ = logprobs_and_dropped(
                 ref_hidden, ref_weight, batch.labels, ref_bias, options, memory_budget, None, backend
             )
     elif ref_weight is not None or ref_bias is not None:
         raise ValueError("ref_weight and ref_bias go with ref_hidden, which was not given")
-    output = batch.loss(logps, ref_logps, backend)
+    output = batch.loss(logps, ref_logps, backend, ref_token_logps)
     return output if gradient_filter is None else output._replace(dropped=dropped)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import checks_values
+from ._checks import FLOATING, INTEGER, REAL, check_device, check_integer, check_shape, check_tensor, checks_values
 from .fused import rpo_reduce
 from .kernels import dispatch
 from .objectives import PRESETS, RPO, Objective, ranking_metrics
@@ -61,14 +61,12 @@ def preference_loss(
     Raises:
         ValueError: as `rpo_loss`.
     """
-    _check_floating("token_logps", token_logps)
+    check_tensor("token_logps", token_logps)
     batch = PreferenceBatch.check(
         labels, rewards, objective, num_responses, layout, group_ids, token_weights, cu_seqlens, ignore_index, shift
     )
-    if token_logps.shape != labels.shape:
-        raise ValueError(f"token_logps must have the labels' shape {list(labels.shape)}; got {list(token_logps.shape)}")
-    if token_logps.device != labels.device:
-        raise ValueError(f"token_logps must be on the labels' device {labels.device}; got {token_logps.device}")
+    check_shape("token_logps", token_logps, labels.shape, "the labels' shape")
+    check_device("token_logps", token_logps, "labels", labels.device)
     return batch.loss(torch.where(batch.scored, _exact(token_logps), 0), ref_logps, backend)
 
 
@@ -100,7 +98,7 @@ def score_loss(
     Raises:
         ValueError: as `rpo_loss`.
     """
-    _check_floating("scores", scores)
+    check_tensor("scores", scores)
     if scores.ndim != 1 or len(scores) == 0:
         raise ValueError(f"scores must be [B], one number for each of B > 0 responses; got shape {list(scores.shape)}")
     if getattr(objective, "length_normalize", False):
@@ -108,7 +106,7 @@ def score_loss(
     # A score is the log-ratio of a response of one token.
     labels = torch.zeros(len(scores), 1, dtype=torch.int64, device=scores.device)
     batch = PreferenceBatch.check(labels, rewards, objective, num_responses, layout, group_ids, None, None, -100, False)
-    return batch.loss_of_ratios(_exact(scores)[:, None], None, backend)
+    return batch.loss_of_ratios(_exact(scores)[:, None], Reference(), backend)
 
 
 class PreferenceBatch(NamedTuple):
@@ -142,6 +140,8 @@ class PreferenceBatch(NamedTuple):
             raise ValueError(f"objective must be an RPO, such as {objective.__name__}(), got {objective!r}")
         if isinstance(objective, type) or not callable(objective):
             raise ValueError(f"objective must be an RPO or a function of [G, K] tensors, got {objective!r}")
+        check_tensor("labels", labels, INTEGER)
+        check_integer("ignore_index", ignore_index)
         segments = find_segments(labels, cu_seqlens)
         groups = find_groups(segments.count, num_responses, layout, group_ids, labels.device)
         if groups.count == 0:
@@ -160,115 +160,133 @@ class PreferenceBatch(NamedTuple):
         """Which tokens are scored, bool of the labels' shape."""
         return self.segments.scored(self.labels, self.ignore_index, self.shift)
 
-    def loss(self, token_logps: Tensor, ref_logps: Tensor | None, backend: str | None) -> RPOOutput:
-        """The loss from the tokens' log-probabilities, of the labels' shape and 0 where not scored."""
-        ref_logps = self._check_reference(ref_logps)
-        if ref_logps is not None:
-            ref_logps = ref_logps.to(token_logps.dtype)
-        return self.loss_of_ratios(token_logps, ref_logps, backend)
+    def loss(
+        self,
+        token_logps: Tensor,
+        ref_logps: Tensor | None,
+        backend: str | None,
+        ref_token_logps: Tensor | None = None,
+    ) -> RPOOutput:
+        """The loss from the tokens' log-probabilities, of the labels' shape and 0 where not scored.
 
-    def loss_of_ratios(self, token_logps: Tensor, ref_logps: Tensor | None, backend: str | None) -> RPOOutput:
-        """The same; without `ref_logps` the log-probabilities are the log-ratios, whatever the objective."""
-        token_weights = None if self.token_weights is None else self.token_weights.to(token_logps.dtype)
-        if type(self.objective) is RPO and dispatch.fuses_objective(token_logps, backend):
-            return self._fused_loss(self.objective, token_logps, ref_logps, token_weights)
+        `ref_logps` is the caller's argument, in either shape; `ref_token_logps` the reference's, computed here.
+        """
+        reference = self._check_reference(ref_logps, ref_token_logps)
+        return self.loss_of_ratios(token_logps, reference, backend)
+
+    def loss_of_ratios(self, token_logps: Tensor, reference: "Reference", backend: str | None) -> RPOOutput:
+        """The same; without a reference the log-probabilities are the log-ratios, whatever the objective."""
+        dtype = token_logps.dtype
+        token_weights = None if self.token_weights is None else self.token_weights.to(dtype)
+        reference = Reference(*(None if x is None else x.to(dtype) for x in reference))
+        if self._fuses(token_logps, backend):
+            return self._fused_loss(token_logps, reference, token_weights)
         scored = self.scored
-        weights = scored.to(token_logps.dtype)
-        if token_weights is not None:
-            weights = weights * token_weights
+        weights = scored.to(dtype) if token_weights is None else torch.where(scored, token_weights, 0)
         logps = self.segments.sum(token_logps * weights)
-        log_ratios = logps
-        if ref_logps is not None:
-            if ref_logps.shape == self.labels.shape:
-                ref_logps = self.segments.sum(torch.where(scored, ref_logps, 0) * weights)
-            log_ratios = logps - ref_logps
+        ref_logps = reference.sums
+        if reference.tokens is not None:
+            ref_logps = self.segments.sum(torch.where(scored, reference.tokens, 0) * weights)
+        log_ratios = logps if ref_logps is None else logps - ref_logps
         if getattr(self.objective, "length_normalize", False):
-            log_ratios = log_ratios / self.segments.sum(scored.to(logps.dtype)).clamp(min=1)
+            log_ratios = log_ratios / self.segments.sum(scored.to(dtype)).clamp(min=1)
         return self._group_loss(logps, ref_logps, log_ratios)
+
+    def _fuses(self, token_logps: Tensor, backend: str | None) -> bool:
+        """The kernel has no gradient in rewards and takes the objective's constants as numbers."""
+        return (
+            type(self.objective) is RPO
+            and self.objective.is_constant
+            and not (self.rewards.requires_grad and torch.is_grad_enabled())
+            and dispatch.fuses_objective(token_logps, backend)
+        )
 
     def _group_loss(self, logps: Tensor, ref_logps: Tensor | None, log_ratios: Tensor) -> RPOOutput:
         groups = self.groups
-        rewards = groups.gather(self.rewards.to(logps.dtype))
+        # Rewards of more digits than float32 keep them: they would become ties.
+        wide = self.rewards.dtype == torch.float64 or not self.rewards.is_floating_point()
+        rewards = groups.gather(self.rewards.to(torch.float64 if wide else logps.dtype))
         group_losses = self.objective(groups.gather(log_ratios), rewards, groups.present)
+        if not isinstance(group_losses, Tensor) or group_losses.dtype not in FLOATING:
+            got = group_losses.dtype if isinstance(group_losses, Tensor) else type(group_losses).__name__
+            raise ValueError(f"objective must return a floating-point tensor, the loss of each group; got {got}")
         if group_losses.shape != (groups.count,):
             raise ValueError(
                 f"objective must return a loss for each of the {groups.count} groups; got {list(group_losses.shape)}"
             )
-        implicit = getattr(self.objective, "beta", 1.0) * log_ratios.detach()
-        accuracy, margin = ranking_metrics(groups.gather(implicit), rewards, groups.present)
+        group_losses = group_losses.to(logps.dtype)
+        implicit = (getattr(self.objective, "beta", 1.0) * log_ratios).detach()
+        accuracy, margin = ranking_metrics(groups.gather(implicit), rewards.detach(), groups.present)
         return RPOOutput(group_losses.mean(), group_losses, logps, ref_logps, implicit, accuracy, margin)
 
-    def _fused_loss(
-        self, objective: RPO, token_logps: Tensor, ref_logps: Tensor | None, token_weights: Tensor | None
-    ) -> RPOOutput:
-        loss, group_losses, logps, ref_sums, implicit, accuracy, margin = rpo_reduce(
+    def _fused_loss(self, token_logps: Tensor, reference: "Reference", token_weights: Tensor | None) -> RPOOutput:
+        assert isinstance(self.objective, RPO)
+        loss, group_losses, logps, ref_logps, implicit, accuracy, margin = rpo_reduce(
             token_logps,
             self.labels,
-            self.rewards,
-            ref_logps,
+            self.rewards.detach(),
+            reference.sums,
+            reference.tokens,
             token_weights,
             self.segments,
             self.groups,
-            objective,
+            self.objective,
             self.ignore_index,
             self.shift,
         )
-        reference = None if ref_logps is None else ref_sums
-        return RPOOutput(loss, group_losses, logps, reference, implicit, accuracy, margin)
+        given = reference.sums is not None or reference.tokens is not None
+        return RPOOutput(loss, group_losses, logps, ref_logps if given else None, implicit, accuracy, margin)
 
-    def _check_reference(self, ref_logps: Tensor | None) -> Tensor | None:
-        reference_free = getattr(self.objective, "reference_free", False)
-        if reference_free and ref_logps is not None:
-            raise ValueError("the objective is reference-free: give neither ref_logps nor a reference model's output")
-        if reference_free:
-            return None
-        if ref_logps is not None:
-            _check_tensor("ref_logps", ref_logps)
+    def _check_reference(self, ref_logps: Tensor | None, ref_token_logps: Tensor | None) -> "Reference":
+        given = ref_logps is not None or ref_token_logps is not None
+        if getattr(self.objective, "reference_free", False):
+            if given:
+                raise ValueError(
+                    "the objective is reference-free: give neither ref_logps nor a reference model's output"
+                )
+            return Reference()
+        if ref_token_logps is not None:
+            return Reference(tokens=ref_token_logps.detach())
         per_sequence, per_token = [self.segments.count], list(self.labels.shape)
         if ref_logps is None:
             raise ValueError(
                 f"ref_logps must be given, {per_sequence} sums or {per_token} per token, "
                 "or the reference's logits or hidden states, unless the objective is reference-free"
             )
-        if list(ref_logps.shape) != per_sequence and list(ref_logps.shape) != per_token:
+        check_tensor("ref_logps", ref_logps)
+        check_device("ref_logps", ref_logps, "labels", self.labels.device)
+        if per_sequence == per_token:
             raise ValueError(
-                f"ref_logps must be sums {per_sequence} or per token {per_token}; got {list(ref_logps.shape)}"
+                f"ref_logps of shape {per_sequence} could be sums or per token, as there are as many tokens as "
+                "sequences: give the batch padded, [B, T], or the reference's logits or hidden states"
             )
-        if ref_logps.device != self.labels.device:
-            raise ValueError(f"ref_logps must be on the labels' device {self.labels.device}; got {ref_logps.device}")
-        return ref_logps.detach()
+        if list(ref_logps.shape) == per_sequence:
+            return Reference(sums=ref_logps.detach())
+        if list(ref_logps.shape) == per_token:
+            return Reference(tokens=ref_logps.detach())
+        raise ValueError(f"ref_logps must be sums {per_sequence} or per token {per_token}; got {list(ref_logps.shape)}")
+
+
+class Reference(NamedTuple):
+    """The reference's log-probabilities: one of the two, or neither."""
+
+    sums: Tensor | None = None  # [B]
+    tokens: Tensor | None = None  # of the labels' shape
 
 
 def _exact(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _check_tensor(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
-
-
-def _check_floating(name: str, x: Tensor) -> None:
-    _check_tensor(name, x)
-    if not x.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {x.dtype}")
-
-
 def _check_token_weights(token_weights: Tensor, labels: Tensor) -> None:
-    _check_tensor("token_weights", token_weights)
-    if token_weights.shape != labels.shape:
-        raise ValueError(
-            f"token_weights must have the labels' shape {list(labels.shape)}; got {list(token_weights.shape)}"
-        )
-    if token_weights.device != labels.device:
-        raise ValueError(f"token_weights must be on the labels' device {labels.device}; got {token_weights.device}")
+    check_tensor("token_weights", token_weights, REAL)
+    check_shape("token_weights", token_weights, labels.shape, "the labels' shape")
+    check_device("token_weights", token_weights, "labels", labels.device)
 
 
 def _check_rewards(rewards: Tensor, count: int, device: torch.device) -> None:
-    _check_tensor("rewards", rewards)
-    if rewards.shape != (count,):
-        raise ValueError(f"rewards must be one number for each of the {count} sequences; got {list(rewards.shape)}")
-    if rewards.device != device:
-        raise ValueError(f"rewards must be on the other inputs' device {device}; got {rewards.device}")
+    check_tensor("rewards", rewards, REAL)
+    check_shape("rewards", rewards, (count,), "one number for each of the sequences")
+    check_device("rewards", rewards, "the other inputs", device)
     if checks_values(rewards) and not bool(rewards.isfinite().all()):
         raise ValueError(f"rewards must be finite; got {rewards.tolist()}")

@@ -3,6 +3,7 @@
 Index structure only: built from the arguments that describe the batch, checked once, then used by the operators.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ._checks import checks_values
+from ._checks import INTEGER, check_device, check_integer, check_tensor, checks_values
 
 Layout = Literal["grouped", "stacked"]
 
@@ -98,15 +99,15 @@ def find_segments(labels: Tensor, cu_seqlens: Tensor | None) -> Segments:
         return Segments(labels.shape[0])
     if labels.ndim != 1:
         raise ValueError(f"labels must be [total] where cu_seqlens is given; got shape {list(labels.shape)}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            "cu_seqlens must be an int32 or int64 tensor [B + 1]; "
-            f"got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device != labels.device:
-        raise ValueError(f"cu_seqlens must be on the labels' device {labels.device}; got {cu_seqlens.device}")
+    check_tensor("cu_seqlens", cu_seqlens, INTEGER)
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must be [B + 1]; got shape {list(cu_seqlens.shape)}")
+    check_device("cu_seqlens", cu_seqlens, "labels", labels.device)
     if checks_values(cu_seqlens):
         _check_cu_seqlens(cu_seqlens.tolist(), labels.numel())
+    elif cu_seqlens.device.type == "cpu":  # compiled: checked when the graph runs
+        bounds = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == labels.numel()) & (cu_seqlens.diff() >= 0).all()
+        torch._assert_async(bounds, f"cu_seqlens must rise from 0 to the {labels.numel()} tokens of labels")
     return Segments(cu_seqlens.numel() - 1, cu_seqlens)
 
 
@@ -133,6 +134,7 @@ def find_groups(
         return _ragged_groups(num_sequences, group_ids, device)
     if layout not in get_args(Layout):
         raise ValueError(f"layout must be one of {get_args(Layout)}, got {layout!r}")
+    check_integer("num_responses", num_responses)
     if num_responses < 1 or num_sequences % num_responses:
         raise ValueError(
             f"num_responses must divide the number of sequences; got {num_responses} for {num_sequences} sequences"
@@ -144,9 +146,7 @@ def find_groups(
 
 
 def _ragged_groups(num_sequences: int, group_ids: Sequence[int] | Tensor, device: torch.device) -> Groups:
-    if isinstance(group_ids, Tensor) and group_ids.ndim != 1:
-        raise ValueError(f"group_ids must be one-dimensional, [{num_sequences}]; got shape {list(group_ids.shape)}")
-    ids = group_ids.tolist() if isinstance(group_ids, Tensor) else list(group_ids)
+    ids = _integers(group_ids)
     if len(ids) != num_sequences:
         raise ValueError(f"group_ids must have one id for each of the {num_sequences} sequences; got {len(ids)}")
     members: dict[int, list[int]] = {}
@@ -154,8 +154,21 @@ def _ragged_groups(num_sequences: int, group_ids: Sequence[int] | Tensor, device
         members.setdefault(group, []).append(sequence)
     size = max([len(group) for group in members.values()] or [1])
     padded = [group + [-1] * (size - len(group)) for group in members.values()]
-    index = torch.tensor(padded, dtype=torch.int64).reshape(len(padded), size)
+    index = torch.tensor(padded, dtype=torch.int64, device="cpu").reshape(len(padded), size)
     return Groups(len(padded), size, index=index.to(device, non_blocking=True))
+
+
+def _integers(group_ids: Sequence[int] | Tensor) -> list[int]:
+    if isinstance(group_ids, Tensor):
+        if group_ids.ndim != 1 or group_ids.is_floating_point():
+            raise ValueError(
+                f"group_ids must be one-dimensional integers; got {group_ids.dtype} of shape {list(group_ids.shape)}"
+            )
+        return group_ids.tolist()
+    try:
+        return [operator.index(x) for x in group_ids]  # tensors among them by value, not by identity
+    except TypeError:
+        raise ValueError(f"group_ids must be a tensor or a sequence of integers; got {group_ids!r}") from None
 
 
 def _check_cu_seqlens(offsets: list[int], total: int) -> None:

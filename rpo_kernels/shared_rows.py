@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import checks_values
+from ._checks import INTEGER, check_device, check_tensor, checks_values
 from ._registration import TOKEN_OPTIONS, register, register_overwriting, saves_without_hooks
 from .kernels import dispatch, reference
 from .kernels.interface import RowStats, TokenOptions
@@ -39,17 +39,14 @@ def check_rows(name: str, shared: Tensor, rows: Tensor, labels: Tensor, shift: b
     """
     if shift:
         raise ValueError("rows names the row that predicts each label: it goes without shift=True")
-    integers = (torch.int64, torch.int32)
-    if labels.ndim != 1 or rows.shape != labels.shape or not {rows.dtype, labels.dtype} <= {*integers}:
-        raise ValueError(
-            f"rows and labels must be int64 or int32 of one shape [N]; got {rows.dtype} {list(rows.shape)} "
-            f"and {labels.dtype} {list(labels.shape)}"
-        )
+    check_tensor("rows", rows, INTEGER)
+    check_tensor("labels", labels, INTEGER)
+    if labels.ndim != 1 or rows.shape != labels.shape:
+        raise ValueError(f"rows and labels must be of one shape [N]; got {list(rows.shape)} and {list(labels.shape)}")
     if shared.ndim != 2:
         raise ValueError(f"{name} must be two-dimensional where rows is given; got shape {list(shared.shape)}")
-    for other, tensor in ((name, shared), ("rows", rows)):
-        if tensor.device != labels.device:
-            raise ValueError(f"{other} must be on the labels' device {labels.device}; got {tensor.device}")
+    check_device("rows", rows, "labels", labels.device)
+    check_device(name, shared, "labels", labels.device)
     if rows.numel() and checks_values(rows):
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= len(shared):

@@ -120,7 +120,7 @@ def test_simpo_is_its_papers_formula():
 def test_distilled_dpo_is_its_papers_formula():
     ratios, rewards = draw(50, 2), draw(50, 2, seed=1)
     gap = (rewards[:, 0] - rewards[:, 1]) - BETA * (ratios[:, 0] - ratios[:, 1])
-    torch.testing.assert_close(DistilledDPO(BETA)(ratios, rewards), gap**2 / 2)
+    torch.testing.assert_close(DistilledDPO(BETA)(ratios, rewards), gap**2)
 
 
 def test_sq_at_the_reference_is_reinforce_leave_one_out():

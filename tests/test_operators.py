@@ -60,7 +60,7 @@ def test_opcheck_of_the_fused_objective(live_backend):
             [4, 2, 3, 0, 0],
         ),
     ]:
-        arguments = (logps, labels, rewards, ref, weights, offsets, index)
+        arguments = (logps, labels, rewards, ref, None, weights, offsets, index)
         options = dict(family, layout=layout, ignore_index=-100, shift=True)
         torch.library.opcheck(OPS.rpo_reduce, arguments, options, atol=1e-5, rtol=1e-5)
         gradients = [torch.rand((), device=device), torch.rand(2, device=device), torch.rand(4, device=device)]

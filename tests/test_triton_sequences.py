@@ -114,7 +114,7 @@ def check(
         rewards,
         groups,
         objective,
-        ref_logps=ref_logps,
+        **{"ref_sums" if ref_logps is not None and ref_logps.shape != labels.shape else "ref_logps": ref_logps},
         token_weights=token_weights,
         cu_seqlens=cu_seqlens,
         shift=shift,

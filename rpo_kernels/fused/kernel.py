@@ -83,6 +83,7 @@ def sequence_reduce(
     groups: GroupLayout,
     objective: Family,
     *,
+    ref_sums: Tensor | None = None,
     ref_logps: Tensor | None = None,
     token_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -94,19 +95,18 @@ def sequence_reduce(
     Args:
         token_logps: `[B, T]`, or `[total]` with `cu_seqlens`; float32.
         labels: of that shape; tokens at `ignore_index` are not summed, nor are first tokens if `shift`.
-        rewards: `[B]`; one that is not finite makes its group's loss NaN.
-        ref_logps: the reference's, per token in the labels' shape or sums `[B]`; None for no reference.
+        rewards: `[B]`, compared in their own type; one that is not finite makes its group's loss NaN.
+        ref_sums, ref_logps: the reference's, sums `[B]` or per token in the labels' shape; neither for no reference.
         token_weights: of the labels' shape.
         cu_seqlens: `[B + 1]` int32 or int64 offsets of packed sequences.
 
     Per-token tensors whose last stride is not 1 are copied.
     """
     num_sequences = rewards.shape[0]
-    per_sequence = ref_logps is not None and ref_logps.shape != labels.shape
     tokens = Tokens(
         _unit_stride(token_logps),
         _unit_stride(labels),
-        None if ref_logps is None or per_sequence else _unit_stride(ref_logps),
+        None if ref_logps is None else _unit_stride(ref_logps),
         None if token_weights is None else _unit_stride(token_weights),
     )
     out = SequenceReduction(
@@ -118,7 +118,7 @@ def sequence_reduce(
     length = labels.shape[-1] if cu_seqlens is None else -(-labels.numel() // max(num_sequences, 1))
     with torch.cuda.device_of(token_logps):
         sequence_reduce_kernel[(1,)](
-            *(tokens, strides, ref_logps.contiguous() if per_sequence and ref_logps is not None else None),
+            *(tokens, strides, None if ref_sums is None else ref_sums.contiguous()),
             *(None if cu_seqlens is None else cu_seqlens.contiguous(), rewards.contiguous()),
             *(None if groups.index is None else groups.index.contiguous(), lengths, out),
             *(num_sequences, length, groups.count, groups.size, groups.group_stride, groups.response_stride),
@@ -146,7 +146,7 @@ def choose_blocks(num_sequences: int, length: int, num_groups: int, size: int) -
 def sequence_reduce_kernel(
     tokens,  # Tokens
     strides,  # from row to row of each of tokens, 0 where packed
-    ref_logps,  # [B] sums, or None
+    ref_sums,  # [B], or None
     cu_seqlens,  # [B + 1], or None
     rewards,  # [B]
     index,  # [G, K], or None
@@ -177,8 +177,8 @@ def sequence_reduce_kernel(
         logps, refs, scored = _sum_tokens(
             tokens, strides, cu_seqlens, sequence, exists, length, ignore_index, SHIFT, SEQUENCES, TOKENS
         )
-        if ref_logps is not None:
-            refs = tl.load(ref_logps + sequence, mask=exists, other=0.0).to(tl.float32)
+        if ref_sums is not None:
+            refs = tl.load(ref_sums + sequence, mask=exists, other=0.0).to(tl.float32)
         implicit = (logps - refs) * beta
         if lengths is not None:
             scored = tl.maximum(scored, 1.0)
@@ -205,7 +205,7 @@ def sequence_reduce_kernel(
             sequence = tl.load(index + group[:, None].to(tl.int64) * size + response, mask=present, other=-1)
             present = present & (sequence >= 0)
         implicit = tl.load(out.implicit_rewards + sequence, mask=present, other=0.0)
-        reward = tl.load(rewards + sequence, mask=present, other=0.0).to(tl.float32)
+        reward = _comparable(tl.load(rewards + sequence, mask=present, other=0))
         loss, coef = _objective(implicit, reward, present, eta, gamma, target_margin, DISTANCE, TARGET)
         coef *= beta / num_groups
         if lengths is not None:
@@ -272,9 +272,22 @@ def _sum_tokens(
 
 
 @triton.jit
+def _comparable(reward):
+    """Rewards in a type that tells any two of them apart and holds infinity."""
+    if reward.dtype == tl.float64 or reward.dtype.is_int():
+        return reward.to(tl.float64)
+    return reward.to(tl.float32)
+
+
+@triton.jit
 def _objective(a, reward, present, eta, gamma, target_margin, DISTANCE: tl.constexpr, TARGET: tl.constexpr):
     """Losses `[GROUPS]` and their gradient in `a` `[GROUPS, RESPONSES]`; 0 for groups of one response or none."""
-    best = present & (reward == tl.max(tl.where(present, reward, float("-inf")), axis=1)[:, None])
+    # A reward that is not finite must not pass unseen: x - x is NaN for it and 0 for any other.
+    unsound = tl.sum(tl.where(present, reward - reward, 0.0), axis=1).to(tl.float32)
+    top = tl.max(tl.where(present, reward, float("-inf")), axis=1)[:, None]
+    best = present & (reward == top)
+    # Only differences within a group count: they fit float32 where rewards do not.
+    reward = tl.where(present, reward - top, 0.0).to(tl.float32)
     a -= tl.where(best, gamma, 0.0)
     if TARGET == "rewards":
         b = eta * reward
@@ -302,8 +315,6 @@ def _objective(a, reward, present, eta, gamma, target_margin, DISTANCE: tl.const
         else:
             loss = _kl(p, log_p, log_q)
             grad = tl.where(p == 0, 0.0, p * (log_p - log_q - loss[:, None]))
-    # A reward that is not finite must not pass unseen: x - x is NaN for it and 0 for any other.
-    unsound = tl.sum(tl.where(present, reward - reward, 0.0), axis=1)
     return loss + unsound, grad + unsound[:, None]
 
 

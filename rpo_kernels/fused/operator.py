@@ -4,6 +4,7 @@ On a GPU the definition's thirty small launches (`PreferenceBatch.loss`) cost mo
 batch. Values and gradients are the definition's; a user's own objective takes the definition.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ def rpo_reduce(
     token_logps: Tensor,
     labels: Tensor,
     rewards: Tensor,
+    ref_sums: Tensor | None,
     ref_logps: Tensor | None,
     token_weights: Tensor | None,
     segments: Segments,
@@ -34,6 +36,7 @@ def rpo_reduce(
         token_logps,
         labels,
         rewards,
+        ref_sums,
         ref_logps,
         token_weights,
         segments.cu_seqlens,
@@ -60,6 +63,7 @@ def _forward(
     token_logps: Tensor,
     labels: Tensor,
     rewards: Tensor,
+    ref_sums: Tensor | None,
     ref_logps: Tensor | None,
     token_weights: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -78,7 +82,8 @@ def _forward(
         labels,
         rewards,
         groups,
-        RPO(**family),
+        SimpleNamespace(**family),
+        ref_sums=ref_sums,
         ref_logps=ref_logps,
         token_weights=token_weights,
         cu_seqlens=cu_seqlens,
@@ -94,7 +99,7 @@ def _fake_forward(token_logps: Tensor, *_: Any, layout: list[int], **__: Any) ->
 
 
 def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: tuple) -> None:
-    _, labels, _, _, token_weights, cu_seqlens, index = inputs
+    _, labels, _, _, _, token_weights, cu_seqlens, index = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
     ctx.save_for_backward(output[-1], labels, token_weights, cu_seqlens, index)
@@ -103,9 +108,9 @@ def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any],
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(grad is None for grad in grads[:3]):
-        return (None,) * 7
+        return (None,) * 8
     grad_loss, grad_groups, grad_logps = grads[:3]
-    return rpo_reduce_grad(grad_loss, grad_groups, grad_logps, *ctx.saved_tensors, layout=ctx.layout), *[None] * 6
+    return rpo_reduce_grad(grad_loss, grad_groups, grad_logps, *ctx.saved_tensors, layout=ctx.layout), *[None] * 7
 
 
 def _grad(
@@ -145,9 +150,9 @@ def _fake_grad(*tensors: Tensor | None, layout: list[int]) -> Tensor:
 
 
 rpo_reduce_op = register(
-    "rpo_reduce(Tensor token_logps, Tensor labels, Tensor rewards, Tensor? ref_logps, Tensor? token_weights,"
-    " Tensor? cu_seqlens, Tensor? index, *, int[] layout, str distance, float beta, float eta, float gamma,"
-    " float? target_margin, bool length_normalize, int ignore_index, bool shift)"
+    "rpo_reduce(Tensor token_logps, Tensor labels, Tensor rewards, Tensor? ref_sums, Tensor? ref_logps,"
+    " Tensor? token_weights, Tensor? cu_seqlens, Tensor? index, *, int[] layout, str distance, float beta, float eta,"
+    " float gamma, float? target_margin, bool length_normalize, int ignore_index, bool shift)"
     " -> (Tensor loss, Tensor group_losses, Tensor logps, Tensor ref_logps, Tensor implicit_rewards,"
     " Tensor accuracy, Tensor margin, Tensor coef)",
     _forward,

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import INTEGER, check_device, check_shape, check_tensor
 from .._registration import TOKEN_OPTIONS, register
+from ..kernels.dispatch import check_backend
 from ..kernels.interface import TokenOptions
 from ..logprobs import check_label_range
 from ..shared_rows import take_rows
@@ -88,6 +90,7 @@ def logprobs_and_dropped(
 ) -> tuple[Tensor, Tensor]:
     """`linear_token_logprobs` and what the filter left out."""
     options.check()
+    _check_types(hidden, weight, bias, labels, backend)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = _autocast(hidden), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
@@ -118,25 +121,25 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
+def _check_types(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, backend: str | None) -> None:
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if name != "bias" or bias is not None:
+            check_tensor(name, x)
+    check_tensor("labels", labels, INTEGER)
+    check_backend(backend)
+
+
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
-    if not hidden.is_floating_point():
-        raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight must be [V, H] with V of at least one; got shape {list(weight.shape)}")
     if hidden.ndim < 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden must be [..., {weight.shape[1]}] as weight is; got shape {list(hidden.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}] as weight is; got shape {list(bias.shape)}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
-    if hidden.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"labels must have the shape of hidden without its last dimension, {list(hidden.shape[:-1])}; "
-            f"got {list(labels.shape)}"
-        )
+    check_shape("labels", labels, hidden.shape[:-1], "the shape of hidden without its last dimension")
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[:1], "as weight is")
     for name, other in (("weight", weight), ("bias", bias), ("labels", labels)):
-        if other is not None and other.device != hidden.device:
-            raise ValueError(f"{name} must be on the hidden states' device {hidden.device}; got {other.device}")
+        if other is not None:
+            check_device(name, other, "hidden", hidden.device)
         if other is not None and name != "labels" and other.dtype != hidden.dtype:
             raise ValueError(f"{name} must have the hidden states' dtype {hidden.dtype}; got {other.dtype}")
 

@@ -16,6 +16,7 @@ from .cpu_plan import CpuWork
 
 EDGE = 256  # tiles of the vocabulary begin at multiples of this
 DENSE_SHARE = 0.6  # above this share of active columns, a dense product over all costs less than gathering them
+_UNLIMITED = 2**62  # what an operator's integers hold
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 # Rows a chunk and columns a tile before the budget speaks: large enough for GEMMs at full rate, small enough that a
 # tile of logits is still in the last-level cache when the row kernels read it.
@@ -153,11 +154,11 @@ def parse_budget(memory_budget: int | str | None, device: torch.device) -> int:
     if memory_budget is None:
         return _free_bytes(device) // 4
     if isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget >= 0:
-        return memory_budget
+        return min(memory_budget, _UNLIMITED)
     if isinstance(memory_budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", memory_budget.upper())
         if match and match[2] in _UNITS:
-            return int(float(match[1]) * _UNITS[match[2]])
+            return min(int(float(match[1]) * _UNITS[match[2]]), _UNLIMITED)
     raise ValueError(f'memory_budget must be bytes, a string like "512MB" or "1GiB", or None; got {memory_budget!r}')
 
 

@@ -64,7 +64,7 @@ class Schedule:
     def dump(self) -> Tensor:
         """As one tensor, for an operator to return."""
         places = [number for chunk in self.places for place in chunk for number in place]
-        return torch.tensor([*self.sizes, *self.bounds, *places], dtype=torch.int64)
+        return torch.tensor([*self.sizes, *self.bounds, *places], dtype=torch.int64, device="cpu")
 
     @classmethod
     def load(cls, packed: Tensor) -> "Schedule":

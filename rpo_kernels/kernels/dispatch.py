@@ -4,13 +4,13 @@ import functools
 import importlib
 import importlib.util
 import os
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .interface import Backend
 
 BACKENDS = ("triton", "native", "torch")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -23,28 +23,43 @@ def choose(logits: Tensor, backend: str | None) -> str:
     Raises:
         ValueError: if `backend` is unknown, is not live here, or does not take these logits.
     """
+    check_backend(backend)
     if backend is None:
         fastest = "native" if logits.device.type == "cpu" else "triton"
         return fastest if unavailable_reason(fastest, logits.device.type, logits.dtype) is None else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
     reason = unavailable_reason(backend, logits.device.type, logits.dtype)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot serve {logits.dtype} logits on {logits.device}: {reason}")
     return backend
 
 
-def rows(logits: Tensor, backend: str | None) -> ModuleType:
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError for a name that is no backend's."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+
+
+def rows(logits: Tensor, backend: str | None) -> Backend:
     """The module whose `row_stats` and `row_grad` serve these logits; errors as `choose`."""
-    name = choose(logits, backend)
-    if name == "torch":
-        return reference
-    return importlib.import_module(".triton" if name == "triton" else ".native", __package__)
+    return _module(choose(logits, backend))
 
 
 def fuses_objective(logps: Tensor, backend: str | None) -> bool:
     """Whether one kernel takes these log-probabilities to the RPO loss: pays where each small launch counts."""
     return logps.dtype == torch.float32 and (backend == "triton" or (backend is None and HAS_TRITON and logps.is_cuda))
+
+
+@functools.cache
+def _module(name: str) -> Backend:
+    if name == "torch":
+        return reference
+    if name == "native":
+        from . import native
+
+        return native
+    from . import triton
+
+    return triton
 
 
 @functools.cache

@@ -1,18 +1,15 @@
 """What a backend of the token level provides, and the small types it speaks in.
 
-A backend is a module with two functions over logits `[B, T, V]` and labels `[B, T]`:
-
-    row_stats(logits, labels, options, first_column=0, running=None, outputs=()) -> RowStats
-    row_grad(logits, labels, stats, grad_logps, options, first_column=0, out=None, active=None, entropy=None) -> Tensor
-
-`reference` states both in plain torch; `triton` and `native` are tested against it.
+A backend is a module with the two functions of `Backend`. `reference` states them in plain torch; `triton` and `native`
+are tested against it.
 """
 
-import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .._checks import check_integer, check_positive
 
 
 class TokenOptions(NamedTuple):
@@ -30,12 +27,11 @@ class TokenOptions(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError for a scale, cap or temperature that is not a positive finite number."""
-        for name in ("logit_scale", "softcap", "temperature"):
-            value = getattr(self, name)
-            if name == "softcap" and value is None:
-                continue
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+        check_positive("logit_scale", self.logit_scale)
+        check_positive("temperature", self.temperature)
+        if self.softcap is not None:
+            check_positive("softcap", self.softcap)
+        check_integer("ignore_index", self.ignore_index)
 
 
 class ActiveColumns(NamedTuple):
@@ -98,3 +94,34 @@ class RowStats(NamedTuple):
         if name == "is_top1":
             return ((self.label_logit >= self.max) & (self.label_logit > field)).to(field.dtype)
         return (field.log() - 2 * self.sumexp.log()).clamp_(max=0)
+
+
+class Backend(Protocol):
+    """Two functions over logits `[B, T, v]`, a tile of the vocabulary's columns, and labels `[B, T]`."""
+
+    def row_stats(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        options: TokenOptions = ...,
+        first_column: int = ...,
+        running: RowStats | None = ...,
+        outputs: tuple[str, ...] = ...,
+    ) -> RowStats:
+        """See `reference.row_stats`."""
+        ...
+
+    def row_grad(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        stats: RowStats,
+        grad_logps: Tensor,
+        options: TokenOptions = ...,
+        first_column: int = ...,
+        out: Tensor | None = ...,
+        active: ActiveColumns | None = ...,
+        entropy: EntropyGrad | None = ...,
+    ) -> Tensor:
+        """See `reference.row_grad`."""
+        ...

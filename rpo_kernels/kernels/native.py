@@ -223,7 +223,7 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
-    result = torch.empty(logits.shape, dtype=logits.dtype)
+    result = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if result.nbytes > MAPPED_BYTES:
         _library().rpo_use_large_pages(result.data_ptr(), result.nbytes)
     return result

@@ -112,7 +112,7 @@ def row_grad(
     grad.masked_fill_((target == options.ignore_index).unsqueeze(-1), 0)
     if active is not None:
         active.mask.masked_fill_((grad.abs() <= active.threshold).logical_not_().flatten(0, -2).any(0), 1)
-    return grad.to(logits.dtype) if out is None else out.copy_(grad)
+    return grad.to(logits.dtype).contiguous() if out is None else out.copy_(grad)
 
 
 def labels_of_rows(labels: Tensor, options: TokenOptions) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+from .._checks import check_positive, is_number
 from .rpo import RPO
 
 
@@ -19,7 +20,7 @@ def CDPO(beta: float = 0.1, epsilon: float = 0.1) -> RPO:
     Raises:
         ValueError: if `epsilon` is not in (0, 0.5) or `beta` not positive and finite.
     """
-    if not 0 < epsilon < 0.5:
+    if not is_number(epsilon) or not 0 < epsilon < 0.5:
         raise ValueError(f"epsilon must lie in (0, 0.5), got {epsilon!r}")
     return RPO("bwd_kl", beta=beta, target_margin=math.log((1 - epsilon) / epsilon))
 
@@ -32,8 +33,7 @@ def IPO(beta: float = 0.1) -> RPO:
     Raises:
         ValueError: if `beta` is not positive and finite.
     """
-    if not (beta > 0 and math.isfinite(beta)):
-        raise ValueError(f"beta must be a positive finite number, got {beta!r}")
+    check_positive("beta", beta)
     return RPO("sq", beta=math.sqrt(2), target_margin=math.sqrt(2) / (2 * beta))
 
 
@@ -47,8 +47,16 @@ def SimPO(beta: float = 2.0, gamma: float = 1.0) -> RPO:
 
 
 def DistilledDPO(beta: float = 0.1, eta: float = 1.0) -> RPO:
-    """Reward-model distillation (arXiv 2405.19316, eq. 7): squared error between implicit and given reward gaps."""
-    return RPO("sq", beta=beta, eta=eta)
+    """Reward-model distillation (arXiv 2405.19316, eq. 7): `(beta log-ratio margin - eta reward margin)^2`.
+
+    The squared distance carries a factor 1/2, so implicit rewards are scaled by sqrt(2).
+
+    Raises:
+        ValueError: if `beta` or `eta` is not positive and finite.
+    """
+    check_positive("beta", beta)
+    check_positive("eta", eta)
+    return RPO("sq", beta=math.sqrt(2) * beta, eta=math.sqrt(2) * eta)
 
 
 # By the names that the command line knows them by.

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_PAIRS_AT_ONCE = 2**20
+
 
 def best_responses(rewards: Tensor, present: Tensor) -> Tensor:
     """Which responses have their group's largest reward, `[G, K]` bool; ties are all best."""
@@ -20,13 +22,19 @@ def ranking_metrics(implicit: Tensor, rewards: Tensor, present: Tensor | None = 
     """
     if present is None:
         present = torch.ones_like(rewards, dtype=torch.bool)
-    pairs = present.unsqueeze(-1) & present.unsqueeze(-2) & (rewards.unsqueeze(-1) > rewards.unsqueeze(-2))
-    lead = implicit.unsqueeze(-1) - implicit.unsqueeze(-2)
-    agrees = (lead > 0).to(implicit.dtype) + 0.5 * (lead == 0)
-    accuracy = torch.where(pairs, agrees, 0).sum() / pairs.sum()
+    ordered, agreeing, ranked = [], [], torch.zeros_like(present[:, 0])
+    # All against a part of the responses at a time, so that a few large groups among many do not take G K^2 of memory.
+    part = max(1, _PAIRS_AT_ONCE // max(rewards.numel(), 1))
+    for other in zip(*(x.split(part, -1) for x in (implicit, rewards, present))):
+        pairs = present.unsqueeze(-1) & other[2].unsqueeze(-2) & (rewards.unsqueeze(-1) > other[1].unsqueeze(-2))
+        lead = implicit.unsqueeze(-1) - other[0].unsqueeze(-2)
+        agrees = (lead > 0).to(implicit.dtype) + 0.5 * (lead == 0)
+        ordered.append(pairs.sum())
+        agreeing.append(torch.where(pairs, agrees, 0).sum())
+        ranked = ranked | pairs.any(-1).any(-1)
+    accuracy = sum(agreeing) / sum(ordered)
 
     best = rewards.masked_fill(~present, -torch.inf).argmax(-1, keepdim=True)
     worst = rewards.masked_fill(~present, torch.inf).argmin(-1, keepdim=True)
     spread = (implicit.gather(-1, best) - implicit.gather(-1, worst)).squeeze(-1)
-    ranked = pairs.any(-1).any(-1)
     return accuracy, torch.where(ranked, spread, 0).sum() / ranked.sum()

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .._checks import check_positive, is_number
 from .ranking import best_responses
 
 Distance = Literal["bwd_kl", "fwd_kl", "sq"]
@@ -26,8 +27,8 @@ class RPO:
 
     Attributes:
         distance: which of the three.
-        beta: implicit reward per unit of log-ratio.
-        eta: target per unit of reward.
+        beta: implicit reward per unit of log-ratio; a scalar tensor to learn it, whose value is not checked.
+        eta: target per unit of reward; the same.
         length_normalize: divide each log-ratio by the response's number of scored tokens.
         reference_free: the log-ratio is the policy's log-probability alone.
         target_margin: if given, rewards only tell which response is best: the target is `target_margin` for it and 0
@@ -39,8 +40,8 @@ class RPO:
     """
 
     distance: Distance = "bwd_kl"
-    beta: float = 0.1
-    eta: float = 1.0
+    beta: float | Tensor = 0.1
+    eta: float | Tensor = 1.0
     length_normalize: bool = False
     reference_free: bool = False
     target_margin: float | None = None
@@ -51,15 +52,22 @@ class RPO:
             raise ValueError(f"distance must be one of {get_args(Distance)}, got {self.distance!r}")
         for name in ("beta", "eta"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-        if not math.isfinite(self.gamma):
+            if not isinstance(value, Tensor):
+                check_positive(name, value)
+            elif value.ndim or not value.is_floating_point():
+                raise ValueError(f"{name} must be a number or a scalar tensor, got {value!r}")
+        if not is_number(self.gamma) or not -math.inf < self.gamma < math.inf:
             raise ValueError(f"gamma must be a finite number, got {self.gamma!r}")
         if self.target_margin is not None:
             self._check_target_margin(self.target_margin)
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether no attribute is a tensor, which may want a gradient."""
+        return not (isinstance(self.beta, Tensor) or isinstance(self.eta, Tensor))
+
     def _check_target_margin(self, value: float) -> None:
-        if math.isnan(value) or value == -math.inf:
+        if not is_number(value) or not value > -math.inf:
             raise ValueError(f"target_margin must be a number or inf, got {value!r}")
         if value == math.inf and self.distance != "bwd_kl":
             raise ValueError(f"target_margin=inf makes {self.distance!r} infinite; use distance='bwd_kl'")
@@ -74,7 +82,7 @@ class RPO:
 
     def _distance(self, log_ratios: Tensor, rewards: Tensor, present: Tensor) -> Tensor:
         best = best_responses(rewards, present)
-        implicit = self.beta * log_ratios - self.gamma * best
+        implicit = self.beta * log_ratios - self.gamma * best.to(log_ratios.dtype)
         if self.distance == "sq":
             return _leave_one_out_square(implicit - self._targets(rewards, best), present)
         log_p = _log_softmax(implicit, present)
@@ -90,7 +98,7 @@ class RPO:
 
     def _target_distribution(self, rewards: Tensor, best: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         if self.target_margin == math.inf:
-            q = best / best.sum(-1, keepdim=True)
+            q = best.to(rewards.dtype) / best.sum(-1, keepdim=True)
             return q, q.log()
         log_q = _log_softmax(self._targets(rewards, best), present)
         return log_q.exp(), log_q
