@@ -27,9 +27,8 @@ RPO_DECLARE(avx512) RPO_DECLARE(avx2) RPO_DECLARE(neon) RPO_DECLARE(baseline)
 extern const HeadKernels head_avx512bf16, head_emulated;
 
 double transform(const TokenTransform& options, double x) {
-  double z = x * options.logit_scale;
-  if (options.softcap > 0) z = options.softcap * std::tanh(z / options.softcap);
-  return z / options.temperature;
+  if (options.softcap <= 0) return x * (options.logit_scale / options.temperature);  // to the bit what rows.cpp computes
+  return options.softcap * std::tanh(x * options.logit_scale / options.softcap) / options.temperature;
 }
 
 double transform_slope(const TokenTransform& options, double x) {
@@ -209,6 +208,9 @@ void rescan(const Logits& l, const char* row, const Segment& s, Partial& partial
   partial.top = float(top);
 }
 
+// Statistics are stored in float. Where its step outweighs a softmax, z itself counts as rounded to it.
+double stored(double z) { return std::fabs(z) < rpo::kCoarse ? z : double(float(z)); }
+
 Row combine(const Logits& l, const Position& p, const Partial* partials, const Row& running) {
   Row row;
   const Partial* const end = partials + segments_of(l);
@@ -216,7 +218,7 @@ Row combine(const Logits& l, const Position& p, const Partial* partials, const R
   for (const Partial* i = partials; i < end; ++i) row.max = larger(row.max, transform(l.options, i->top));
   row.max = double(float(row.max));  // as it is stored: the sums are relative to that
   add(row, running.max, running);
-  for (const Partial* i = partials; i < end; ++i) add(row, i->reference, *i);
+  for (const Partial* i = partials; i < end; ++i) add(row, stored(i->reference), *i);
   row.top_before = running.top_before;
   for (const Partial* i = partials; i < end; ++i)
     row.top_before = larger(row.top_before, transform(l.options, i->top_before));
@@ -224,7 +226,7 @@ Row combine(const Logits& l, const Position& p, const Partial* partials, const R
   row.label_logit = running.label_logit;
   const int64_t column = p.label - l.first_column;
   if (column >= 0 && column < l.columns)
-    row.label_logit = larger(row.label_logit, transform(l.options, element(p.row, l.dtype, column)));
+    row.label_logit = larger(row.label_logit, stored(transform(l.options, element(p.row, l.dtype, column))));
   return row;
 }
 

@@ -101,6 +101,8 @@ struct Scaled {
   Floats slope, offset;
   double reference;
 
+  static Scaled stored(const TokenTransform& options, double near) { return {options, near}; }
+
   Scaled(const TokenTransform& options, double near) {
     const double scale = options.logit_scale / options.temperature;
     const float a = float(scale * kLog2e), b = float(-a * near / scale);
@@ -118,7 +120,7 @@ struct Scaled {
 
 // The same for huge logits, and for machines whose multiply-add rounds twice.
 struct Centered {
-  Floats center, slope;
+  Floats center, slope, limit = kInfinity;
   double reference;
 
   Centered(const TokenTransform& options, double near) {
@@ -128,7 +130,21 @@ struct Centered {
     slope = float(scale * kLog2e);
     reference = x * scale;
   }
-  RPO_INLINE Floats log2_weight(Floats x) const { return (x - center) * slope; }
+  // From a stored maximum so large that only its float is known: what lies within a step of it counts as the maximum.
+  static Centered stored(const TokenTransform& options, double near) {
+    Centered transform(options, near);
+    if (__builtin_fabs(near) >= rpo::kCoarse && near - near == 0) {
+      const float x = transform.center.a[0], step = __builtin_fabsf(x) * 0x1p-23f;
+      transform.center = x - step;
+      transform.limit = 0.0f;
+      transform.reference = near;
+    }
+    return transform;
+  }
+  RPO_INLINE Floats log2_weight(Floats x) const {
+    const Floats y = (x - center) * slope;
+    return select(y > limit, limit, y);
+  }
   template <class Factor>
   RPO_INLINE Floats gradient(Floats x, const Factor& factor) const {
     const Floats y = log2_weight(x);
@@ -142,6 +158,7 @@ struct SoftCapped {
   Floats slope, cap, middle, high, low;
   double reference;
 
+  static SoftCapped stored(const TokenTransform& options, double near) { return {options, near}; }
   SoftCapped(const TokenTransform& options, double near) {
     const double largest = options.softcap / options.temperature;
     slope = float(options.logit_scale / options.softcap);
@@ -339,7 +356,7 @@ struct Gradient {
   const GradRow& row;
 
   Gradient(const TokenTransform& options, const T* x, Out* out, const GradRow& row)
-      : transform(options, finite(row.reference)),
+      : transform(Transform::stored(options, finite(row.reference))),
         away(transform.reference - finite(row.reference)), weight(__builtin_exp(away)),
         factor{float((row.factor + row.tilt * (row.offset + away)) * weight), float(row.tilt * kLn2 * weight)},
         x(x), out(out), row(row) {}

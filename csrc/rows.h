@@ -12,6 +12,7 @@ struct TokenTransform {
   double logit_scale, softcap, temperature;
 };
 double transform(const TokenTransform& options, double x);
+constexpr double kCoarse = 0x1p30;  // beyond this size, a step of float outweighs a softmax
 double transform_slope(const TokenTransform& options, double x);
 
 // Statistics of a run of columns. The sums of exponentials are relative to `reference`, a value of z near the maximum.

@@ -37,16 +37,16 @@ def check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...] = FLOATING) 
         raise ValueError(f"{name} must be {_WORDS[dtypes]}, got {x.dtype}")
 
 
-def check_shape(name: str, x: Tensor, shape: tuple[int, ...], as_what: str) -> None:
-    """Check the shape of `x`; `as_what` says in the error where it comes from."""
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...], which: str) -> None:
+    """Check the shape of `x`; `which` says in the error what has that shape too."""
     if x.shape != shape:
-        raise ValueError(f"{name} must be {list(shape)}, {as_what}; got {list(x.shape)}")
+        raise ValueError(f"{name} must have {which} {list(shape)}; got {list(x.shape)}")
 
 
-def check_device(name: str, x: Tensor, other: str, device: torch.device) -> None:
-    """Check that `x` is where the argument called `other` is."""
+def check_device(name: str, x: Tensor, device: torch.device, whose: str) -> None:
+    """Check that `x` is on a device; `whose` says in the error which argument is there."""
     if x.device != device:
-        raise ValueError(f"{name} must be on the device of {other}, {device}; got {x.device}")
+        raise ValueError(f"{name} must be on {whose} device {device}; got {x.device}")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -100,13 +100,15 @@ def check_label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
 def _check(logits: Tensor, labels: Tensor, rows: Tensor | None, shift: bool) -> None:
     check_tensor("logits", logits)
     check_tensor("labels", labels, INTEGER)
+    if labels.ndim == 0:
+        raise ValueError("labels must have at least one dimension, got a scalar")
     if logits.ndim < 2 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must be [..., V] with V of at least one; got shape {list(logits.shape)}")
+        raise ValueError(f"logits must have a vocabulary of at least one, [..., V]; got shape {list(logits.shape)}")
     if rows is None:
-        check_shape("labels", labels, logits.shape[:-1], "the shape of logits without its last dimension")
+        check_shape("labels", labels, logits.shape[:-1], "the shape of logits without its last dimension,")
     else:
         check_rows("logits", logits, rows, labels, shift)
-    check_device("labels", labels, "logits", logits.device)
+    check_device("labels", labels, logits.device, "the logits'")
 
 
 def _check_no_overlap(logits: Tensor) -> None:

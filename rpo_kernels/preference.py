@@ -66,7 +66,7 @@ def preference_loss(
         labels, rewards, objective, num_responses, layout, group_ids, token_weights, cu_seqlens, ignore_index, shift
     )
     check_shape("token_logps", token_logps, labels.shape, "the labels' shape")
-    check_device("token_logps", token_logps, "labels", labels.device)
+    check_device("token_logps", token_logps, labels.device, "the labels'")
     return batch.loss(torch.where(batch.scored, _exact(token_logps), 0), ref_logps, backend)
 
 
@@ -254,7 +254,7 @@ class PreferenceBatch(NamedTuple):
                 "or the reference's logits or hidden states, unless the objective is reference-free"
             )
         check_tensor("ref_logps", ref_logps)
-        check_device("ref_logps", ref_logps, "labels", self.labels.device)
+        check_device("ref_logps", ref_logps, self.labels.device, "the labels'")
         if per_sequence == per_token:
             raise ValueError(
                 f"ref_logps of shape {per_sequence} could be sums or per token, as there are as many tokens as "
@@ -281,12 +281,13 @@ def _exact(x: Tensor) -> Tensor:
 def _check_token_weights(token_weights: Tensor, labels: Tensor) -> None:
     check_tensor("token_weights", token_weights, REAL)
     check_shape("token_weights", token_weights, labels.shape, "the labels' shape")
-    check_device("token_weights", token_weights, "labels", labels.device)
+    check_device("token_weights", token_weights, labels.device, "the labels'")
 
 
 def _check_rewards(rewards: Tensor, count: int, device: torch.device) -> None:
     check_tensor("rewards", rewards, REAL)
-    check_shape("rewards", rewards, (count,), "one number for each of the sequences")
-    check_device("rewards", rewards, "the other inputs", device)
+    if rewards.shape != (count,):
+        raise ValueError(f"rewards must be one number for each of the {count} sequences; got {list(rewards.shape)}")
+    check_device("rewards", rewards, device, "the other inputs'")
     if checks_values(rewards) and not bool(rewards.isfinite().all()):
         raise ValueError(f"rewards must be finite; got {rewards.tolist()}")

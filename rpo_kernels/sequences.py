@@ -102,7 +102,7 @@ def find_segments(labels: Tensor, cu_seqlens: Tensor | None) -> Segments:
     check_tensor("cu_seqlens", cu_seqlens, INTEGER)
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens must be [B + 1]; got shape {list(cu_seqlens.shape)}")
-    check_device("cu_seqlens", cu_seqlens, "labels", labels.device)
+    check_device("cu_seqlens", cu_seqlens, labels.device, "the labels'")
     if checks_values(cu_seqlens):
         _check_cu_seqlens(cu_seqlens.tolist(), labels.numel())
     elif cu_seqlens.device.type == "cpu":  # compiled: checked when the graph runs

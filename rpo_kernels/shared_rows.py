@@ -45,8 +45,8 @@ def check_rows(name: str, shared: Tensor, rows: Tensor, labels: Tensor, shift: b
         raise ValueError(f"rows and labels must be of one shape [N]; got {list(rows.shape)} and {list(labels.shape)}")
     if shared.ndim != 2:
         raise ValueError(f"{name} must be two-dimensional where rows is given; got shape {list(shared.shape)}")
-    check_device("rows", rows, "labels", labels.device)
-    check_device(name, shared, "labels", labels.device)
+    check_device("rows", rows, labels.device, "the labels'")
+    check_device(name, shared, labels.device, "the labels'")
     if rows.numel() and checks_values(rows):
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= len(shared):

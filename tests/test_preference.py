@@ -144,7 +144,9 @@ def test_a_score_has_no_length():
 
 BAD_LOGPS = {
     "token_logps must be a tensor, got list": dict(token_logps=[[0.0]]),
-    "token_logps must be floating point, got torch.int64": dict(token_logps=torch.zeros(6, 5, dtype=torch.int64)),
+    "token_logps must be floating point (float32, bfloat16, float16 or float64), got torch.int64": dict(
+        token_logps=torch.zeros(6, 5, dtype=torch.int64)
+    ),
     "token_logps must have the labels' shape [6, 5]; got [6, 4]": dict(token_logps=torch.zeros(6, 4)),
     "token_logps must be on the labels' device cpu; got meta": dict(token_logps=torch.zeros(6, 5, device="meta")),
     "rewards must be one number for each of the 6 sequences": dict(rewards=torch.zeros(5)),
@@ -163,7 +165,9 @@ def test_bad_arguments_of_preference_loss_are_named(message):
 
 BAD_SCORES = {
     "scores must be a tensor, got list": dict(scores=[0.0, 1.0]),
-    "scores must be floating point, got torch.int64": dict(scores=torch.arange(4)),
+    "scores must be floating point (float32, bfloat16, float16 or float64), got torch.int64": dict(
+        scores=torch.arange(4)
+    ),
     "scores must be [B], one number for each of B > 0 responses; got shape [4, 1]": dict(scores=torch.zeros(4, 1)),
     "got shape [0]": dict(scores=torch.zeros(0)),
     "rewards must be one number for each of the 4 sequences": dict(rewards=torch.zeros(5)),

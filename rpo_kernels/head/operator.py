@@ -134,12 +134,12 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) 
         raise ValueError(f"weight must be [V, H] with V of at least one; got shape {list(weight.shape)}")
     if hidden.ndim < 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden must be [..., {weight.shape[1]}] as weight is; got shape {list(hidden.shape)}")
-    check_shape("labels", labels, hidden.shape[:-1], "the shape of hidden without its last dimension")
+    check_shape("labels", labels, hidden.shape[:-1], "the shape of hidden without its last dimension,")
     if bias is not None:
-        check_shape("bias", bias, weight.shape[:1], "as weight is")
+        check_shape("bias", bias, weight.shape[:1], "one number for each row of weight,")
     for name, other in (("weight", weight), ("bias", bias), ("labels", labels)):
         if other is not None:
-            check_device(name, other, "hidden", hidden.device)
+            check_device(name, other, hidden.device, "the hidden states'")
         if other is not None and name != "labels" and other.dtype != hidden.dtype:
             raise ValueError(f"{name} must have the hidden states' dtype {hidden.dtype}; got {other.dtype}")
 

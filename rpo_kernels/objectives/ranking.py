@@ -28,7 +28,7 @@ def ranking_metrics(implicit: Tensor, rewards: Tensor, present: Tensor | None = 
     for other in zip(*(x.split(part, -1) for x in (implicit, rewards, present))):
         pairs = present.unsqueeze(-1) & other[2].unsqueeze(-2) & (rewards.unsqueeze(-1) > other[1].unsqueeze(-2))
         lead = implicit.unsqueeze(-1) - other[0].unsqueeze(-2)
-        agrees = (lead > 0).to(implicit.dtype) + 0.5 * (lead == 0)
+        agrees = (lead > 0).to(implicit.dtype) + (lead == 0).to(implicit.dtype) / 2
         ordered.append(pairs.sum())
         agreeing.append(torch.where(pairs, agrees, 0).sum())
         ranked = ranked | pairs.any(-1).any(-1)
