@@ -38,16 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     try:
         return importlib.import_module(command.module).main(rest)
-    except KeyboardInterrupt:
-        hint = "; --resume goes on from what was saved" if command.resumes else ""
-        print(f"rpo-kernels {name}: interrupted{hint}", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        if command.extra is None or (error.name or "").startswith("rpo_kernels"):
+    except (KeyboardInterrupt, ImportError) as error:
+        if _is_interruption(error):
+            hint = "; --resume goes on from what was saved" if command.resumes else ""
+            print(f"rpo-kernels {name}: interrupted{hint}", file=sys.stderr)
+            return 130
+        package = error.name if isinstance(error, ModuleNotFoundError) else None
+        if command.extra is None or package is None or package.startswith("rpo_kernels"):
             raise
         install = f'pip install "rpo-kernels[{command.extra}]"'
-        print(f"rpo-kernels {name} needs the package {error.name!r}: {install}", file=sys.stderr)
+        print(f"rpo-kernels {name} needs the package {package!r}: {install}", file=sys.stderr)
         return 1
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error; imports under way may turn it into an error of their own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _help() -> str:

@@ -133,8 +133,11 @@ def _policy(
         )
 
     needs_reference = not getattr(settings.objective.build(), "reference_free", False)
+    is_main = settings.training.process_index == 0
     if needs_reference and args.ref_model:
+        _say(is_main, f"loading the reference {args.ref_model}")
         attach(load_model(args.ref_model, args.dtype))
+    _say(is_main and not is_demo, f"loading {args.model}")
     model = demo.model() if is_demo else load_policy(args, output)
     if needs_reference and not args.ref_model:
         attach(model, with_adapter=args.adapter == "continue")
