@@ -11,7 +11,7 @@ from .clock import free_memory
 from .implementations.registry import Implementation
 from .peaks import PeakSettings, measure_peaks
 from .problem import Problem
-from .results import Entry, begin, entry_of, failure, is_pending, save_json, was_timed
+from .results import Entry, begin, entry_of, failure, is_pending, lacks_peak, save_json, was_timed
 from .sampling import Sample, SampleError, columns, interleave
 from .timing import Worker, load
 
@@ -89,7 +89,7 @@ def _measure_memory(plan: Plan, batch: list[Problem], data: dict[str, Any], path
         for subject in subjects if problems else []:
             report(f"memory: {subject.name}", 0)
             entries = [entry_of(data, problem) for problem in problems]
-            new = [(p, e) for p, e in zip(problems, entries) if is_pending(e["results"].get(subject.name))]
+            new = [(p, e) for p, e in zip(problems, entries) if lacks_peak(e["results"].get(subject.name))]
             for _, entry in new:
                 begin(entry, subject.name)
             save_json(data, path)

@@ -87,6 +87,11 @@ def is_pending(result: Result | None) -> bool:
     return result is None or (result["status"] == "interrupted" and result["attempts"] < 2)
 
 
+def lacks_peak(result: Result | None) -> bool:
+    """Whether its peak memory is still to be measured."""
+    return is_pending(result) or (result is not None and result["status"] == "ok" and "peak_bytes" not in result)
+
+
 def begin(entry: Entry, name: str) -> None:
     """What stands if this process does not survive the measurement."""
     so_far = entry["results"].get(name, {})
