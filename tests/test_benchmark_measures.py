@@ -18,7 +18,8 @@ from rpo_kernels.benchmark.peaks import PeakSettings, measure_peaks
 from rpo_kernels.benchmark.predictions import Cards, Prompts, capacity_lines, fits, largest, predict, predict_eager
 from rpo_kernels.benchmark.problem import BETA, CASES, Problem, sequences_of
 from rpo_kernels.benchmark.references import gemm_dtype, make_references
-from rpo_kernels.benchmark.sampling import Sample, Sampler, interleave, spread
+from rpo_kernels.benchmark.results import spread
+from rpo_kernels.benchmark.sampling import Sample, Sampler, interleave
 from rpo_kernels.benchmark.timing import check
 from rpo_kernels.benchmark.truth import find_truth, verdict
 

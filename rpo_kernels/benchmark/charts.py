@@ -11,8 +11,7 @@ from matplotlib.ticker import LogLocator
 from .machine import device_line
 from .predictions import Prediction
 from .problem import CASES, Problem
-from .results import Entry, Result, forward_seconds, in_gemms, step_seconds, was_timed
-from .sampling import spread
+from .results import Entry, Result, forward_seconds, in_gemms, spread, step_seconds, was_timed
 from .tables import format_bytes, format_ms
 
 _OURS = ("#0b6e4f", "#12a150", "#7bc96f", "#b5d99c", "#2f4f3f", "#8fbc8f")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bench import check_writable, memory_limit
+from .arguments import check_writable, memory_limit
 from .models import MODELS, Model, find_model, own_shape
 from .predictions import EAGER, Cards, Prompts, capacity_lines, predict, predict_eager
 from .problem import DTYPES, Problem
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from .implementations.registry import Implementation
 
 _MEASURED_LENGTH = 32  # tokens a response on a CPU, where more take long; predictions are for 2048
-_NOTES = [
-    "weight: of the LM head; hidden: the hidden states; grads: as far as they exist at the peak; work: logits and all",
-    "else; total: allocated; resident: the process's resident set, or the allocator's own peak on a GPU",
-]
+_NOTES = (
+    "weight: of the LM head; hidden: the hidden states; grads: as far as they exist at the peak; work: logits and all "
+    "else; total: allocated; resident: the process's resident set, or the allocator's own peak on a GPU"
+)
 _CAPACITY_NOTES = [
-    "lora: frozen half-precision weights; full: 16 bytes a parameter (mixed-precision Adam); one checkpointed state a",
-    "layer and token is counted, the layers' own temporaries are not; over several cards parameters are sharded evenly",
+    "lora: frozen half-precision weights; full: 16 bytes a parameter (mixed-precision Adam)",
+    "one checkpointed state a layer and token is counted, the layers' own temporaries are not",
+    "over several cards parameters are sharded evenly",
 ]
 
 
@@ -145,8 +146,7 @@ def _memory(args: argparse.Namespace, model: Model, console: "Console") -> int:
     if not args.predict:
         _measure(entry, problem, find("head", args.only), path, args.limit, console)
     print_tables(console, data)
-    for note in _NOTES:
-        console.print(f"  {note}", style="dim", highlight=False)
+    console.print(f"  {_NOTES}", style="dim", highlight=False)
     single = problem._replace(sequences=args.responses)
     lines = capacity_lines(single, model, Cards(args.card_bytes, args.cards), args.prompt_length)
     cards = args.card if args.cards == 1 else f"{args.cards} cards of {args.card}"

@@ -116,6 +116,14 @@ def step_seconds(result: Result) -> float:
     return statistics.median(result["step_s"])
 
 
+def spread(samples: list[float]) -> float:
+    """Half the distance between the quartiles, relative to the median."""
+    if len(samples) < 3:
+        return 0.0
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return (high - low) / 2 / middle
+
+
 def forward_seconds(result: Result) -> float | None:
     return statistics.median(result["forward_s"]) if "forward_s" in result else None
 

@@ -3,7 +3,6 @@
 So a machine that slows down slows all of them, and each sample has its own yardstick. Medians are compared.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,11 +99,3 @@ def columns(samples: list[Sample]) -> dict[str, object]:
         "forward_s": [s.forward_s for s in samples],
         "reference_s": {name: [s.reference_s[name] for s in samples] for name in names},
     }
-
-
-def spread(samples: list[float]) -> float:
-    """Half the distance between the quartiles, relative to the median."""
-    if len(samples) < 3:
-        return 0.0
-    low, middle, high = statistics.quantiles(samples, n=4)
-    return (high - low) / 2 / middle

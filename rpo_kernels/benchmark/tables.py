@@ -17,10 +17,10 @@ from .results import (
     gradient_error,
     in_gemms,
     share_of_rate,
+    spread,
     step_seconds,
     was_timed,
 )
-from .sampling import spread
 
 _NAME_WIDTH = 18  # of the first column at least; where the terminal is too narrow, the last columns are left out
 LEGEND = """ms: a forward and a backward pass; ±: half the distance of its quartiles; forward: its part of ms;
