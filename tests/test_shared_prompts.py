@@ -221,3 +221,16 @@ def test_labels_beside_inputs():
     (expected, gradient), (logps, own) = results
     torch.testing.assert_close(logps, expected, rtol=1e-6, atol=1e-5)
     assert (own - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_more_reasons_are_named():
+    """Virtual tokens before the prompt, statistics over a batch, models of other libraries."""
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    assert "virtual tokens" in unsupported_reason(peft.get_peft_model(tiny("llama"), config))
+    lora = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    check_shared_prompts(lora)
+    model = tiny("llama")
+    model.model.extra = torch.nn.BatchNorm1d(32)
+    assert "batch normalisation" in unsupported_reason(model)
+    assert "no model of transformers" in unsupported_reason(torch.nn.Linear(2, 2))
