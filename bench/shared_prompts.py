@@ -32,20 +32,29 @@ from rpo_kernels.train.dataset import Example
 from rpo_kernels.train.loss_layer import LossLayer, preference_loss
 from rpo_kernels.train.models import load_model, load_tokenizer
 
+PROBLEM = ("context", "shortest_of", "max_length", "dtype", "learning_rate")
 FORMS = {"padded": BatchForm(), "shared": BatchForm(shared=True)}
 
 
 def examples(args: argparse.Namespace) -> list[Example]:
-    """The first groups of the data, each with `--context` tokens of the last groups before its prompt."""
+    """The first groups of the data, or the shortest of some, with `--context` tokens of the last before each prompt."""
     groups = read_groups(args.data)
     data = list(PreferenceDataset(groups, load_tokenizer(args.model), args.max_length))
     pool = [token for example in reversed(data) for token in example.prompt[1:] + example.responses[0]]
+    if args.shortest_of:
+        shortest = sorted(data[: args.shortest_of], key=lambda e: padded_size(*lengths(e)).tokens)[: args.steps]
+        data = [example for example in data if example in shortest]
     chosen = data[: args.steps]
     for index, example in enumerate(chosen):
         start = index * args.context
         # A sequence's first token stays first.
         example.prompt[1:1] = pool[start : start + args.context]
     return chosen
+
+
+def lengths(example: Example) -> tuple[int, list[int]]:
+    """Of the prompt and of the responses."""
+    return len(example.prompt), [len(response) for response in example.responses]
 
 
 class Trained:
@@ -92,11 +101,14 @@ def measure(args: argparse.Namespace) -> None:
     data = examples(args)
     trained = {name: Trained(args, form) for name, form in FORMS.items()}
     first = trained["padded"]
-    for example in data:
-        example.ref_logps = response_logps_by_group(first.model, FORMS["shared"]([example]), first.layer)[0].tolist()
+    attach_reference(data, first, args.out.with_suffix(f".reference-{args.context}.json"))
+    if args.reference_only:
+        return
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in FORMS}
     run = {
-        "problem": {name: getattr(args, name) for name in ("context", "max_length", "dtype", "learning_rate")},
+        "problem": {
+            name: getattr(args, name) for name in ("context", "shortest_of", "max_length", "dtype", "learning_rate")
+        },
         "machine": describe_machine("cpu"),
         "steps": steps,
     }
@@ -110,12 +122,22 @@ def measure(args: argparse.Namespace) -> None:
         )
 
 
+def attach_reference(data: list[Example], trained: Trained, cache: Path) -> None:
+    """The log-probabilities of the model as it is before training; kept in a file, for runs that are repeated."""
+    known = json.loads(cache.read_text()) if cache.exists() else {}
+    for example in data:
+        key = str([example.prompt, example.responses])
+        if key not in known:
+            known[key] = response_logps_by_group(trained.model, FORMS["shared"]([example]), trained.layer)[0].tolist()
+            save_json(known, cache)
+        example.ref_logps = known[key]
+
+
 def predicted(model: torch.nn.Module, data: list[Example]) -> dict[str, float]:
     """How many times the padded form's tokens and operations are those of shared prompts."""
-    lengths = [(len(example.prompt), [len(r) for r in example.responses]) for example in data]
     nothing = StepSize(0, 0, 0)
-    padded = sum((padded_size(*of) for of in lengths), nothing)
-    shared = sum((shared_size(*of) for of in lengths), nothing)
+    padded = sum((padded_size(*lengths(example)) for example in data), nothing)
+    shared = sum((shared_size(*lengths(example)) for example in data), nothing)
     return {
         "tokens": padded.tokens / shared.tokens,
         "operations": step_flops(model, padded) / step_flops(model, shared),
@@ -134,6 +156,15 @@ def summary(run: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
+def described(run: dict[str, Any]) -> str:
+    """What the steps of a run were on."""
+    problem, steps = run["problem"], len(run["steps"]["shared"])
+    if problem["context"]:
+        return f"{problem['context']} tokens of context, {steps} steps"
+    shortest = problem.get("shortest_of")
+    return f"{steps} shortest of {shortest} groups" if shortest else f"first {steps} groups"
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     """The runs as a Markdown table."""
     lines = [
@@ -142,7 +173,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     ]
     for run in runs:
         forms = summary(run)
-        title = f"{run['problem']['context']} tokens of context" if run["problem"]["context"] else "as they are"
+        title = described(run)
         for name, form in forms.items():
             cells = [f"{form['seconds']:.2f}", f"{form['tokens']:,}", format_bytes(form["peak_bytes"])]
             lines.append(f"| {title} | {name} | {' | '.join(cells)} |")
@@ -164,22 +195,21 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Seconds of each step by the padded form's tokens, and the losses of both forms."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     speed, losses = figure.subplots(1, 2)
-    for run, marker in zip(runs, "os"):
-        context = run["problem"]["context"]
+    for run, marker in zip(runs, "os^"):
         padded, shared = run["steps"]["padded"], run["steps"]["shared"]
-        label = f"{context} tokens of context" if context else "prompts as they are"
         ratio = [
             (a["tokens"] / b["tokens"], a["processor_seconds"] / b["processor_seconds"])
             for a, b in zip(padded[1:], shared[1:])
         ]
-        speed.scatter(*zip(*ratio), marker=marker, label=label, alpha=0.7)
+        speed.scatter(*zip(*ratio), marker=marker, label=described(run), alpha=0.7)
     limit = max(speed.get_xlim()[1], speed.get_ylim()[1])
     speed.plot([1, limit], [1, limit], color="gray", linewidth=0.8)
     speed.set_xlabel("tokens, padded / shared")
     speed.set_ylabel("seconds of a step, padded / shared")
     speed.legend(fontsize="small")
+    longest = max(runs, key=lambda run: len(run["steps"]["shared"]))
     for name, style in (("padded", dict(linewidth=3, alpha=0.4)), ("shared", dict(linewidth=1, color="black"))):
-        losses.plot([step["loss"] for step in runs[0]["steps"][name]], label=name, **style)
+        losses.plot([step["loss"] for step in longest["steps"][name]], label=name, **style)
     losses.set_xlabel("step")
     losses.set_ylabel("loss")
     losses.legend(fontsize="small")
@@ -194,9 +224,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results, to which the measurement is added")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--context", type=int, default=0)
+    parser.add_argument("--shortest-of", type=int, metavar="N", help="take the shortest of the first N groups")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--learning-rate", type=float, default=1e-6)
+    parser.add_argument("--reference-only", action="store_true", help="compute what the steps need and no step")
     parser.add_argument("--report", type=Path, help="results to report")
     parser.add_argument("--figure", type=Path, default=Path("shared-prompts.png"))
     args = parser.parse_args()
