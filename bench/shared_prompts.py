@@ -168,7 +168,7 @@ def described(run: dict[str, Any]) -> str:
 def table(runs: list[dict[str, Any]]) -> str:
     """The runs as a Markdown table."""
     lines = [
-        "| prompts | | processor seconds a step | tokens computed | peak memory of a step |",
+        "| prompts | | seconds a step | tokens computed | peak memory of a step |",
         "|---|---|---|---|---|",
     ]
     for run in runs:
