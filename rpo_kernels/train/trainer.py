@@ -32,6 +32,7 @@ class RPOTrainer(Trainer):
 
     Logs beside the loss `accuracy`, `margin`, `logp_best`, `logp_worst`, `scored_tokens` and `dropped_tokens` (see
     `GroupTable.summary`) over the groups since the last log; `evaluate` returns the same, prefixed, over its dataset.
+    Training logs `tokens_per_second` and `tokens_saved` too (see `Speed.summary`).
     The loss is the mean over all groups of an optimizer step, however they are split into micro-batches and processes.
     Training stops with a `NonFiniteError` before the first update by a loss or gradient that is not finite.
 
