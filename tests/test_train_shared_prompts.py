@@ -1,6 +1,7 @@
 """The trainer with shared prompts and batches by tokens: the same training as with separate padded sequences."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,6 +136,15 @@ def test_no_group_is_lost_or_cut():
             )
         assert batch["computed_tokens"] == sum(part["input_ids"].numel() for part in parts)
         assert batch["real_tokens"] <= batch["computed_tokens"] <= batch["padded_tokens"]
+
+
+def test_rows_under_a_dense_mask_stay_short():
+    """Without max_tokens: under SDPA rows of 4,096 tokens, where blocks are skipped one row."""
+    examples = [replace(example, prompt=[1] * 1000) for example in data(9)]
+    form = BatchForm.of(tiny_model())
+    assert form.shared and form.dense
+    assert [len(part["groups"]) for part in form(examples)["micro_batches"]] == [3, 3, 3]
+    assert len(replace(form, dense=False)(examples)["micro_batches"]) == 1
 
 
 def test_groups_above_the_budget_are_named(warnings_of_transformers):

@@ -14,8 +14,10 @@ from ..shared_prompts.tree import tree_size
 from .collator import GroupCollator
 from .dataset import Example
 from .loss_layer import LossLayer, response_logps
+from .models import base_model
 
 logger = logging.get_logger(__name__)
+_DENSE_TOKENS = 4096
 # What a response's log-probability may differ by between the two forms, relative to its size.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
@@ -33,11 +35,14 @@ class BatchForm:
         shared: whether each prompt is computed once for its responses.
         max_tokens: tokens of a micro-batch, padding included; a larger group is one of its own. None: one micro-batch.
         pad_token_id: pads sequences.
+        dense: whether attention computes a mask of a row's tokens by its tokens, so that long rows of shared prompts
+            do not pay: without `max_tokens` they then hold at most 4,096 tokens, or one group.
     """
 
     shared: bool = False
     max_tokens: int | None = None
     pad_token_id: int = 0
+    dense: bool = False
 
     @classmethod
     def of(
@@ -87,7 +92,8 @@ class BatchForm:
             return padded
         try:
             check_shared_prompts(model, longest)
-            shared = replace(padded, shared=True)
+            config = base_model(model).config
+            shared = replace(padded, shared=True, dense=config._attn_implementation != "flex_attention")
             if first:
                 shared._compare(padded, model, first, loss_layer or LossLayer.of(model))
         except ValueError as error:
@@ -131,11 +137,12 @@ class BatchForm:
         return sum(len(example.prompt) + len(response) for response in example.responses)
 
     def _rows(self, examples: Sequence[Example], shared: bool) -> list[list[int]]:
-        if self.max_tokens is None:
+        limit = self.max_tokens or (_DENSE_TOKENS if shared and self.dense else None)
+        if limit is None:
             return [list(range(len(examples)))]
         if shared:
-            return pack_by_tokens([self.tokens(example) for example in examples], self.max_tokens)
-        return _pack_padded(examples, self.max_tokens)
+            return pack_by_tokens([self.tokens(example) for example in examples], limit)
+        return _pack_padded(examples, limit)
 
     def _micro_batch(self, examples: Sequence[Example], row: list[int]) -> dict[str, Any]:
         members = [examples[g] for g in row]

@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ class RPOTrainer(Trainer):
             compute_metrics=_evaluation_summary,
             **kwargs,
         )
-        if self.is_deepspeed_enabled and self.batch_form.max_tokens is not None:
-            raise ValueError("max_tokens does not go with DeepSpeed, which counts the micro-batches of a step itself")
+        if self.is_deepspeed_enabled:
+            if self.batch_form.max_tokens is not None:
+                raise ValueError("max_tokens does not go with DeepSpeed, which counts a step's micro-batches itself")
+            self.data_collator = self.batch_form = replace(self.batch_form, dense=False)
         # Tells every version of Trainer that `compute_loss` already divides by the accumulated number of items.
         self.model_accepts_loss_kwargs = True
         self._tables: list[GroupTable] = []  # of the groups trained on since the last log
