@@ -91,7 +91,8 @@ def test_a_broken_entry_is_computed_again(tmp_path, broken):
     file.write_bytes(b"\n".join(lines) + b"\n")
     again = dataset(3)
     assert attach([again], tiny_model(), tmp_path) == 1
-    assert again.ref_logps.tolist() == data.ref_logps.tolist()
+    # Alone in a batch it rounds otherwise.
+    assert again.ref_logps.tolist() == pytest.approx(data.ref_logps.tolist(), rel=1e-5)
     assert attach([dataset(3)], tiny_model(), tmp_path) == 0
 
 
