@@ -17,7 +17,8 @@ ROOT = PACKAGE.parent
 
 @contextmanager
 def checkout(revision: str) -> Iterator[tuple[str, str]]:
-    """A built checkout of a revision for the time of the block: its folder and its short commit name.
+    """A built checkout of a revision for the time of the block: its folder and its short commit name. This checkout is
+    built too.
 
     Raises:
         ValueError: if this package does not run from a git checkout, or the revision does not exist or does not build.
@@ -32,7 +33,8 @@ def checkout(revision: str) -> Iterator[tuple[str, str]]:
         try:
             if _git("worktree", "add", "--detach", str(tree), commit) is None:
                 raise ValueError(f"git could not check out {commit}")
-            build(tree)
+            for one in (tree, ROOT):  # this checkout's kernels as its sources are now
+                build(one)
             benchmark = tree / PACKAGE.name / "benchmark"
             shutil.rmtree(benchmark, ignore_errors=True)
             shutil.copytree(PACKAGE / "benchmark", benchmark, ignore=shutil.ignore_patterns("__pycache__"))
