@@ -247,15 +247,7 @@ def test_only_what_needs_a_gradient_is_computed(backend, backend_device, needs, 
     factors = factors_for(labels)
     _, gradients = expected(hidden, weight, bias, labels, factors)
     rows = int((labels != -100).sum())
-    done = []
-    for name, first in (("matmul", 0), ("add_matmul", 1)):
-
-        def counted(*args, original=getattr(gemm, name), first=first):
-            left, right = args[first : first + 2]
-            done.append(left.shape[0] * left.shape[1] * right.shape[1])
-            original(*args)
-
-        monkeypatch.setattr(gemm, name, counted)
+    done = count_products(monkeypatch)
     of_weight = "w" in needs or "b" in needs
     for kept in ("none", "some", "all") if of_weight else ("none",):
         done.clear()
@@ -386,23 +378,36 @@ def test_filter_of_zero_is_exact(backend, backend_device):
         compare(*sparse(backend_device, torch.bfloat16), backend, gradient_filter=0.0, memory_budget=budget)
 
 
-def test_filter_saves_products(backend, backend_device, monkeypatch):
+def count_products(monkeypatch):
+    """A list to which each product adds its multiplications."""
+    done = []
+    for name, first in (("matmul", 0), ("add_matmul", 1)):
+
+        def counted(*args, original=getattr(gemm, name), first=first):
+            left, right = args[first : first + 2]
+            done.append(left.shape[0] * left.shape[1] * right.shape[1])
+            original(*args)
+
+        monkeypatch.setattr(gemm, name, counted)
+    return done
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_filter_saves_products(backend, backend_device, monkeypatch, frozen):
     hidden, weight, bias, labels = sparse(backend_device)
-    widths = []
-    original = gemm.add_matmul
-
-    def counted(total, left, right):
-        widths.append(left.shape[1])
-        original(total, left, right)
-
-    monkeypatch.setattr(gemm, "add_matmul", counted)
-    hidden = hidden.detach().requires_grad_()
-    linear_token_logprobs(hidden, weight.detach(), labels, bias=bias, gradient_filter=2**-7, backend=backend)
-    chunks = len(range(0, int((labels != -100).sum()), 16))
-    assert 0 < sum(widths) < 0.2 * chunks * 1500
-    widths.clear()
-    linear_token_logprobs(hidden, weight.detach() * 0, labels, gradient_filter=1e-9, backend=backend)
-    assert sum(widths) == chunks * 1500  # all columns count: nothing is gathered
+    weight.requires_grad_(not frozen)
+    done = count_products(monkeypatch)
+    one = int((labels != -100).sum()) * 24 * 1500
+    wanted = (hidden,) if frozen else (hidden, weight)
+    for scale, least, most in ((1, 0.001, 0.2), (0, 1, 1)):  # of all columns, when the head is all zeros
+        logps = linear_token_logprobs(
+            hidden, weight * scale, labels, bias=bias * scale, gradient_filter=2**-7 * scale, backend=backend
+        )
+        assert sum(done) == one
+        done.clear()
+        torch.autograd.grad(logps.sum(), wanted)
+        assert least <= sum(done) / one / (2 if frozen else 3) <= most
+        done.clear()
 
 
 # -------------------------------------------------------------------------------------------------- torch's machinery

@@ -1,13 +1,20 @@
-"""Backward walk: the gradients of the hidden states, the weight and the bias from what forward saved."""
+"""Backward walk: the gradients of the hidden states, the weight and the bias from what forward saved; docs/head.md.
+
+Of a kept tile, `dW = (s P)^T (-c hidden)`: the scale s and the loss's factor c of a row go on the hidden states. Of
+other tiles U = dlogp/dlogit is computed again, of all columns or of those that the filter left in, and
+`dW = U^T (c hidden)`.
+"""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.interface import RowStats
+from ..kernels.interface import KeptTiles, RowStats
 from . import gemm
-from .schedule import Needs, Place, Saved, Schedule
+from .plan import DENSE_SHARE
+from .schedule import Needs, Saved, Schedule, spans
 from .tiles import Head, Scratch
 
 
@@ -15,133 +22,178 @@ def backward(
     head: Head, saved: Saved, labels: Tensor, grad_logps: Tensor, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the hidden states, the weight and the bias; empty where not needed."""
-    hidden = _hidden(head, saved, grad_logps) if needs.hidden else head.hidden.new_empty(0)
-    if needs.weight or needs.bias:
-        return hidden, *_weight_and_bias(head, saved, labels, grad_logps, needs.weight, needs.bias)
-    return hidden, head.weight.new_empty(0), head.weight.new_empty(0)
-
-
-def _hidden(head: Head, saved: Saved, grad_logps: Tensor) -> Tensor:
-    """Gradient of the hidden states `[M, H]`."""
-    gradient = torch.zeros_like(head.hidden)
-    index, factor = saved.positions - int(head.options.shift), grad_logps.flatten()[saved.positions]
+    factor = grad_logps.flatten()[saved.positions]
+    sums = saved.unit
+    grad_weight = torch.empty_like(head.weight) if needs.weight else head.weight.new_empty(0)
+    grad_bias = head.weight.new_empty(len(head.weight)) if needs.bias else head.weight.new_empty(0)
+    if needs.weight or needs.bias or needs.filtered:
+        walk = _Walk(head, saved, labels, factor, needs)
+        walk.run(grad_weight, grad_bias)
+        sums = saved.unit if walk.sums is None else walk.sums
+        del walk
+    if not needs.hidden:
+        return head.hidden.new_empty(0), grad_weight, grad_bias
+    grad_hidden = torch.zeros_like(head.hidden)
+    index = saved.positions - int(head.options.shift)
     for span in Schedule.load(saved.schedule).chunks:
-        gradient.index_copy_(0, index[span], (saved.unit[span] * factor[span, None]).to(gradient.dtype))
-    return gradient
+        grad_hidden.index_copy_(0, index[span], (sums[span] * factor[span, None]).to(grad_hidden.dtype))
+    return grad_hidden, grad_weight, grad_bias
 
 
-def _weight_and_bias(
-    head: Head, saved: Saved, labels: Tensor, grad_logps: Tensor, needs_weight: bool, needs_bias: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight `[V, H]` and the bias `[V]`; empty where not needed."""
-    gradients = (
-        torch.empty_like(head.weight) if needs_weight else head.weight.new_empty(0),
-        head.weight.new_empty(len(head.weight)) if needs_bias else head.weight.new_empty(0),
-    )
-    walk = _Backward(head, saved, labels, grad_logps)
-    # dW = U^T (c hidden) and db = U^T c.
-    wanted = []
-    if needs_weight:
-        wanted.append((_TileSum(gradients[0], walk.schedule, head.exact_dtype), walk.hidden))
-    if needs_bias:
-        ones = walk.hidden.new_ones(len(walk.hidden), 1)
-        wanted.append((_TileSum(gradients[1][:, None], walk.schedule, head.exact_dtype), ones))
-    for tile, columns in enumerate(walk.schedule.tiles):
-        for total, _ in wanted:
-            total.begin(columns)
-        for rows, place in walk.pieces(tile):
-            unit, active = walk.unit(tile, rows, place)
-            scale, own, gain = walk.factors(tile, rows, place)
-            for total, right in wanted:
-                total.add(unit.T, (right[rows] * scale[:, None]).to(unit.dtype), active)
-                total.add_rows(walk.labels[own] - columns.start, right[own] * gain[:, None])
-            del unit  # or it would wait while the next one is made
-        for total, _ in wanted:
-            total.finish()
-    return gradients
+class _Piece(NamedTuple):
+    """A part of U, `[n, v]`, but for a factor of each row."""
+
+    unit: Tensor
+    rows: slice
+    factor: Tensor  # [N], the loss's included, of all rows
+    weight: Tensor | None = None  # [v, H], where U was computed again
+    columns: Tensor | None = None  # [v] of the tile's, or None for all
 
 
-class _Backward:
-    """What the weight's gradient is made of: U of each tile, kept or computed again, and the rows' factors."""
+class _Walk:
+    """The tiles one after another, and of each the rows: all at once where its P is read as it was kept, else chunk by
+    chunk."""
 
-    def __init__(self, head: Head, saved: Saved, labels: Tensor, grad_logps: Tensor):
-        self.head, self.saved = head, saved
-        self.schedule = Schedule.load(saved.schedule)
-        self.scratch = Scratch(head, self.schedule)
+    def __init__(self, head: Head, saved: Saved, labels: Tensor, loss_factor: Tensor, needs: Needs):
+        self.head, self.scales, self.loss_factor = head, saved.references, loss_factor
+        self.schedule = schedule = Schedule.load(saved.schedule)
+        everything = slice(0, schedule.rows)
+        self.kept = KeptTiles(saved.kept, schedule.rows, schedule.vocab, schedule.tile, schedule.kept_tiles, everything)
+        self.scratch = Scratch(head, schedule)
+        self.labels = labels.flatten()[saved.positions].long()
         self.hidden = head.gather(saved.positions)
-        self.labels = labels.flatten()[saved.positions]
-        self.factor = grad_logps.flatten()[saved.positions]
+        self.stats = saved.stats
+        self.filter = _Active(saved.active, schedule, self.labels) if needs.filtered else None
+        self.sums: Tensor | None = None
+        if needs.filtered and needs.hidden:
+            self.sums = self.hidden.new_zeros(self.hidden.shape, dtype=head.exact_dtype)
 
-    def pieces(self, tile: int) -> Iterator[tuple[slice, Place]]:
-        """The rows of a tile, all at once where their U lies as one and is read as it lies, else chunk by chunk."""
-        chunks, places = self.schedule.chunks, [chunk[tile] for chunk in self.schedule.places]
-        size = self.schedule.tiles[tile].stop - self.schedule.tiles[tile].start
-        as_one = [Place(places[0].offset + rows.start * size) for rows in chunks]
-        if places and places[0].offset >= 0 and places == as_one and self.saved.kept.dtype == self.hidden.dtype:
-            yield slice(0, len(self.hidden)), places[0]
-        else:
-            yield from zip(chunks, places)
+    def run(self, grad_weight: Tensor, grad_bias: Tensor) -> None:
+        """Fill the gradients that are not empty, and `sums`."""
+        of_weight, of_bias = TileSum(grad_weight, self.head), TileSum(grad_bias[:, None], self.head)
+        totals = [total for total in (of_weight, of_bias) if len(total.gradient)]
+        most_rows = self.schedule.chunk if self.scratch.converts else self.schedule.rows
+        scaled = _ScaledRows(self.head, self.hidden, most_rows if of_weight in totals else 0)
+        for tile, columns in enumerate(self.schedule.tiles):
+            was_kept = tile < self.kept.tiles
+            pieces = self._of_kept(tile) if was_kept else self._recomputed(tile)
+            products = len(self.schedule.chunks) if self.scratch.converts or not was_kept else 1
+            for total in totals:
+                total.begin(columns, products)
+            for piece in pieces:
+                if of_weight in totals:
+                    of_weight.add(piece.unit.T, scaled.take(piece.rows, piece.factor), piece.columns)
+                if of_bias in totals:
+                    of_bias.add(piece.unit.T, piece.factor[piece.rows, None].to(piece.unit.dtype), piece.columns)
+                if self.sums is not None and piece.weight is not None:
+                    gemm.add_matmul(self.sums[piece.rows], piece.unit, piece.weight)
+            for total in totals:
+                total.finish()
 
-    def unit(self, tile: int, rows: slice, place: Place) -> tuple[Tensor, Tensor | None]:
-        """U of these rows as GEMMs read it, and which of the tile's columns it has; None stands for all."""
-        columns, kept = self.schedule.tiles[tile], self.saved.kept
-        if place.offset < 0:
-            logits = self.scratch.multiply(self.hidden[rows], self.scratch.load(columns), columns)
-            logp, top, sumexp, _ = self.saved.stats[:, None, rows]
-            stats, out = RowStats(logp, top, sumexp, logp), self.head.operand_like(logits)
-            return self.head.row_grad(logits, self.labels[rows], stats, columns.start, out), None
-        shape = (rows.stop - rows.start, columns.stop - columns.start if place.columns < 0 else place.columns)
-        unit = kept[place.offset : place.offset + shape[0] * shape[1]].view(shape)
-        if unit.dtype != self.hidden.dtype:
-            unit = self.scratch.tile(*shape).copy_(unit)
-        if place.columns < 0:
-            return unit, None
-        return unit, self.saved.active.view(torch.int32)[place.columns_offset : place.columns_offset + place.columns]
+    def _of_kept(self, tile: int) -> Iterator[_Piece]:
+        probabilities = self.kept.tile(tile)
+        factor = -self.scales[tile] * self.loss_factor
+        for rows in (
+            self.schedule.chunks if self.scratch.converts else spans(self.schedule.rows, max(1, self.schedule.rows))
+        ):
+            unit = probabilities[rows]
+            if self.scratch.converts:
+                unit = self.scratch.unit(*unit.shape).copy_(unit)
+            yield _Piece(unit, rows, factor)
 
-    def factors(self, tile: int, rows: slice, place: Place) -> tuple[Tensor, slice, Tensor]:
-        """The loss's factor and s of these rows; those whose label lies in the tile, and the loss's factor and gain
-        of those. What is computed again needs neither s nor a gain."""
-        if place.offset < 0:
-            return self.factor[rows], slice(0, 0), self.factor[:0]
-        own = self.schedule.label_rows(rows, tile)
-        scale = self.saved.references[tile, rows].exp().mul_(self.factor[rows])
-        return scale, own, self.saved.stats[3, own] * self.factor[own]
+    def _recomputed(self, tile: int) -> Iterator[_Piece]:
+        columns = self.schedule.tiles[tile]
+        for number, rows in enumerate(self.schedule.chunks):
+            labels, first, chosen = self.labels[rows], columns.start, None
+            if self.filter is not None:
+                labels, first, chosen = self.filter.choose(number, tile)
+            if chosen is not None and len(chosen) == 0:
+                continue
+            weight = self.scratch.load(columns, chosen)
+            logits = self.scratch.logits(self.hidden[rows], weight, columns, chosen)
+            unit = self.scratch.unit(*logits.shape)
+            stats = RowStats(*self.stats[:, None, rows])
+            ones = torch.ones_like(stats.max)
+            self.head.kernels.row_grad(
+                logits[None], labels[None], stats, ones, self.head.row_options, first, unit[None]
+            )
+            yield _Piece(unit, rows, self.loss_factor, weight, chosen)
 
 
-class _TileSum:
+class _ScaledRows:
+    """Hidden states times a factor of each row, as GEMMs read them."""
+
+    def __init__(self, head: Head, hidden: Tensor, most_rows: int):
+        self.head, self.hidden = head, hidden
+        self.out = torch.empty_like(hidden[:most_rows])
+        self.factor: Tensor | None = None  # of which `out` is full
+
+    def take(self, rows: slice, factor: Tensor) -> Tensor:
+        """`factor * hidden` of some rows, given the factors `[N]` of all; what is at hand is not computed again."""
+        if len(self.out) < len(self.hidden):
+            out = self.out[: rows.stop - rows.start]
+            self.head.softmax.scale_rows(self.hidden[rows], factor[rows], None, out)
+            return out
+        if factor is not self.factor:
+            self.head.softmax.scale_rows(self.hidden, factor, self.factor, self.out)
+            self.factor = factor
+        return self.out[rows]
+
+
+class _Active:
+    """The filter's columns, each chunk's numbered one after another, and the labels by those numbers."""
+
+    def __init__(self, active: Tensor, schedule: Schedule, labels: Tensor):
+        self.schedule, self.labels, vocab = schedule, labels, schedule.vocab
+        self.columns = active.nonzero().squeeze(1)  # the host waits for the device here,
+        edges = [chunk * vocab + tile.start for chunk in range(len(schedule.chunks)) for tile in schedule.tiles]
+        edges.append(len(active))
+        self.bounds = torch.searchsorted(self.columns, torch.tensor(edges, device=labels.device)).tolist()  # and here
+        # A label's column is active, so that this is its number; a label out of range gets none.
+        column = labels.clamp(0, vocab - 1)
+        chunk_of_row = torch.arange(len(labels), device=labels.device) // schedule.chunk
+        numbers = torch.searchsorted(self.columns, chunk_of_row * vocab + column)
+        self.numbers = torch.where(column == labels, numbers, -1)
+
+    def choose(self, chunk: int, tile: int) -> tuple[Tensor, int, Tensor | None]:
+        """Labels, first column and active columns of a tile, counted from its first; all, where most are active."""
+        at = chunk * len(self.schedule.tiles) + tile
+        start, stop = self.bounds[at : at + 2]
+        rows, columns = self.schedule.chunks[chunk], self.schedule.tiles[tile]
+        if stop - start > DENSE_SHARE * (columns.stop - columns.start):
+            return self.labels[rows], columns.start, None
+        return self.numbers[rows], start, self.columns[start:stop] - (chunk * self.schedule.vocab + columns.start)
+
+
+class TileSum:
     """The gradient's tile at hand, summed exactly and rounded once."""
 
-    def __init__(self, gradient: Tensor, schedule: Schedule, dtype: torch.dtype):
-        self.gradient = gradient
-        columns = min(schedule.sizes[1], schedule.sizes[3])
-        self.memory = None if gradient.dtype == dtype else gradient.new_empty(columns, gradient.shape[1], dtype=dtype)
+    def __init__(self, gradient: Tensor, head: Head):
+        self.gradient, self.exact_dtype, self.operand_dtype = gradient, head.exact_dtype, head.operand_dtype
+        self.memory: Tensor | None = None
 
-    def begin(self, columns: slice) -> None:
-        """Turn to another tile."""
+    def begin(self, columns: slice, products: int) -> None:
+        """Turn to another tile, of as many products."""
         self.out = self.gradient[columns]
-        self.exact = self.out if self.memory is None else self.memory[: len(self.out)]
-        self.empty = True
+        self.total, self.empty = self.out, True
+        rounds_once = products == 1 and self.out.dtype == self.operand_dtype
+        if self.out.dtype == self.exact_dtype or rounds_once:
+            return
+        if self.memory is None:  # the first tile is the largest
+            self.memory = torch.empty_like(self.out, dtype=self.exact_dtype)
+        self.total = self.memory[: len(self.out)]
 
     def add(self, left: Tensor, right: Tensor, rows: Tensor | None) -> None:
         """Add a product, to these rows if given."""
         if rows is not None:
-            product = left.new_empty(len(left), right.shape[1], dtype=self.exact.dtype)
+            product = left.new_empty(len(left), right.shape[1], dtype=self.total.dtype)
             gemm.matmul(left, right, product)
             self._filled().index_add_(0, rows, product)
         elif self.empty:
-            gemm.matmul(left, right, self.exact)
+            gemm.matmul(left, right, self.total)
         else:
-            gemm.add_matmul(self.exact, left, right)
+            gemm.add_matmul(self.total, left, right)
         self.empty = False
-
-    def add_rows(self, index: Tensor, values: Tensor) -> None:
-        """Add values to rows, of which one may occur often; in a fixed order."""
-        if len(index) == 0:
-            return
-        if values.is_cuda:
-            self._filled().index_put_((index,), values, accumulate=True)
-        else:
-            self._filled().index_add_(0, index, values)
 
     def finish(self) -> None:
         """Round to the gradient's dtype."""
@@ -151,6 +203,6 @@ class _TileSum:
 
     def _filled(self) -> Tensor:
         if self.empty:
-            self.exact.zero_()
+            self.total.zero_()
             self.empty = False
-        return self.exact
+        return self.total

@@ -159,7 +159,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     vocab, width = weight.shape
     check_label_range(labels, vocab, options["ignore_index"])
-    rows = find_rows(labels, vocab, TokenOptions(**options))
+    rows = find_rows(labels, TokenOptions(**options))
     head = Head(hidden, weight, bias, TokenOptions(**options), backend)
     needs = Needs(needs_hidden, needs_weight, threshold=gradient_filter if needs_hidden or needs_weight else None)
     plan = memory_plan(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..kernels import native_head
+from ..kernels.interface import row_length
 from .cpu_plan import CpuWork
 
 EDGE = 256  # tiles of the vocabulary begin at multiples of this
@@ -39,7 +40,8 @@ class MemoryPlan:
         forward_bytes: peak of the forward pass, kept bytes included.
         backward_bytes: peak of the backward pass, kept bytes included.
         gradient_bytes: the gradients themselves, not counted above.
-        head_gemms: `[rows, hidden] x [hidden, vocab]` products, forward and backward, without a column filter.
+        head_gemms: `[rows, hidden] x [hidden, vocab]` products, forward and backward; with a column filter, as if all
+            columns were active.
     """
 
     chunk_rows: int
@@ -122,7 +124,9 @@ def memory_plan(
     kept = 0
     if needs_weight and work.may_keep:
         kept = next(n for n in range(tiles, -1, -1) if n == 0 or work.peak_bytes(chunk, tile, n) <= budget)
-    recomputed = 1 - min(1.0, kept * tile / vocab)
+    recomputed = (1 - min(1.0, kept * tile / vocab)) * needs_weight
+    if gradient_filter is not None:
+        recomputed = float(needs_hidden or needs_weight)
     return MemoryPlan(
         chunk_rows=chunk,
         tile_columns=tile,
@@ -132,7 +136,7 @@ def memory_plan(
         forward_bytes=work.forward_bytes(chunk, tile, kept),
         backward_bytes=work.backward_bytes(chunk, tile, kept),
         gradient_bytes=work.gradient_bytes(),
-        head_gemms=1 + needs_hidden + needs_weight * (1 + recomputed),
+        head_gemms=1 + needs_hidden + needs_weight + recomputed,
     )
 
 
@@ -207,56 +211,61 @@ class _Work:
     @property
     def may_keep(self) -> bool:
         """Whether anything but the hidden states' gradient may wait for backward."""
-        return True
+        return not self.filtered
 
     def peak_bytes(self, chunk: int, tile: int, kept: int) -> int:
         return max(self.forward_bytes(chunk, tile, kept), self.backward_bytes(chunk, tile, kept))
 
     def forward_bytes(self, chunk: int, tile: int, kept: int) -> int:
-        """Peak of the forward pass: while tiles are walked, or at a chunk's end."""
-        size = self.exact
-        history = 2 * math.ceil(self.vocab / tile) * chunk * size
-        differentiates = self.needs_hidden or kept > 0
-        walking = 14 * chunk * size + self._pass_bytes(chunk, tile, differentiates)
-        if differentiates and (kept * tile < self.vocab or self.filtered):
+        """Peak of the forward pass: while tiles are walked, or at a chunk's begin or end."""
+        differentiates = (self.needs_hidden or kept > 0) and not self.filtered
+        walking = 24 * chunk * self.exact + self._reference_bytes(chunk, tile)
+        if differentiates and (kept * tile < self.vocab or self.converts):
             walking += self._unit_bytes(chunk, tile)
-        labels_rows = chunk * self.hidden * (size + self.item * (self.item != size)) * self.needs_hidden
-        ending = history + labels_rows if differentiates else 0
+        if self.filtered:
+            walking += (self.exact + 1) * self._columns(tile)
+        # Rows of the weight at the labels; the gathering of hidden states.
+        with_labels = self.filtered or (differentiates and self.needs_hidden)
+        labels_rows = chunk * self.hidden * (self.exact + self.item * (self.item != self.exact)) * with_labels
         gathering = chunk * self.hidden * self.item * self.converts
-        gradient = chunk * self.hidden * size * self.needs_hidden
-        of_chunk = chunk * self.hidden * self.operand + max(gathering, history + gradient + max(walking, ending))
-        labels = self.rows * (8 + size) + self.positions * size
+        of_chunk = chunk * self.hidden * self.operand + max(gathering, walking, labels_rows + 12 * chunk * self.exact)
+        labels = self.rows * (8 + self.exact) + self.positions
         return self.kept_bytes(chunk, tile, kept) + labels + self._scratch_bytes(chunk, tile) + of_chunk
 
     def backward_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """Peak of the backward pass: in the weight's gradient, or in the hidden states'."""
-        saved = self.kept_bytes(chunk, tile, kept) + self.rows * (16 + self.exact)
+        saved = self.kept_bytes(chunk, tile, kept) + self.rows * (16 + 2 * self.exact)
         share = chunk * self.hidden * (self.exact + self.item * (self.item != self.exact)) * self.needs_hidden
-        if not self.needs_weight:
+        if not self.needs_weight and not self.filtered:
             return saved + share
+        sums = self.rows * self.hidden * self.exact * (self.filtered and self.needs_hidden)
         gathered = self.rows * self.hidden * self.operand
         gathering = self.rows * self.hidden * self.item * self.converts
-        # Without conversion, all rows of a kept tile are multiplied at once.
-        together = self.rows if kept and not self.converts and not self.filtered else chunk
-        scaled = together * (self.hidden * (self.exact + self.operand * (self.operand != self.exact)) + 3 * self.exact)
-        gradient = self._columns(tile) * self.hidden * self.exact * ((self.item != self.exact) + self.filtered)
-        recomputing = 0
-        if kept * tile < self.vocab:
-            recomputing = self._reference_bytes(chunk, tile) + self._unit_bytes(chunk, tile)
-        of_tile = max(gathering, scaled + gradient + recomputing)
-        scratch = self._scratch_bytes(chunk, tile) if self.converts or kept * tile < self.vocab else 0
-        return saved + max(share, scratch + gathered + of_tile)
+        recomputes = self.filtered or kept * tile < self.vocab
+        scaled = (chunk if self.converts else self.rows) * self.hidden * self.operand * self.needs_weight
+        several = self.converts or (recomputes and self.rows > chunk)  # products for one tile of the gradient
+        gradient = self._columns(tile) * self.hidden * self.exact * (self.item != self.exact and several)
+        of_tile = gradient * self.needs_weight + 4 * self.rows * self.exact
+        if recomputes:
+            weight = self._columns(tile) * self.hidden * self.operand * self.converts
+            of_tile += chunk * self._length(tile) * self.exact + weight
+            of_tile += self._reference_bytes(chunk, tile) + self._unit_bytes(chunk, tile) + 8 * chunk * self.exact
+        elif self.converts:
+            of_tile += chunk * self._length(tile) * self.operand
+        if self.filtered:
+            of_tile += self._chosen_bytes(chunk, tile)
+        # The hidden states' gradient is allocated last.
+        not_yet = self.positions * self.hidden * self.item * self.needs_hidden
+        return saved + max(share + sums, gathered + sums + max(gathering, scaled + of_tile) - not_yet)
 
     def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """What waits between the passes."""
-        places = math.ceil(self.rows / chunk) * math.ceil(self.vocab / tile)
-        size = _SMALL + 24 * places + self.rows * (8 + 4 * self.exact) + self.positions * self.exact
-        size += self.rows * self.hidden * self.exact * self.needs_hidden
-        if self.filtered and kept:
-            # Any tile may be kept in part; its columns are listed.
-            size += math.ceil(self.rows / chunk) * self.vocab * 4
-            size += (math.ceil(self.vocab / tile) - kept) * self.rows * self.exact
-        return size + self.rows * (min(self.vocab, kept * tile) * self.item + kept * self.exact)
+        size = _SMALL + self.rows * (8 + 5 * self.exact) + self.positions * self.exact
+        size += self.rows * self.hidden * self.exact * (self.needs_hidden and not self.filtered)
+        if self.filtered:
+            return size + math.ceil(self.rows / max(1, chunk)) * self.vocab
+        columns = row_length(self.vocab) if kept * tile >= self.vocab else kept * tile
+        return size + self.rows * (columns * self.item + kept * self.exact)
 
     def gradient_bytes(self) -> int:
         hidden = self.positions * self.hidden * self.item * self.needs_hidden
@@ -269,22 +278,22 @@ class _Work:
     def _columns(self, tile: int) -> int:
         return min(tile, self.vocab)
 
+    def _length(self, tile: int) -> int:
+        return row_length(self._columns(tile))
+
     def _scratch_bytes(self, chunk: int, tile: int) -> int:
         weight = self._columns(tile) * self.hidden * self.operand * self.converts
-        return chunk * self._columns(tile) * self.exact + weight
+        return chunk * self._length(tile) * self.exact + weight
 
     def _unit_bytes(self, chunk: int, tile: int) -> int:
         """A tile of U beside the logits, where it cannot be written over them."""
-        return chunk * self._columns(tile) * self.operand * (self.operand != self.exact)
+        return chunk * self._length(tile) * self.operand * (self.operand != self.exact)
 
-    def _pass_bytes(self, chunk: int, tile: int, differentiates: bool) -> int:
-        """What a pass over a tile makes beside it."""
-        copy = self._reference_bytes(chunk, tile)
-        if not self.filtered or not differentiates:
-            return copy
-        columns = self._columns(tile)
-        gathered = DENSE_SHARE * columns * (chunk + self.hidden) * self.operand
-        return max(math.ceil(gathered) + 16 * columns, copy)
+    def _chosen_bytes(self, chunk: int, tile: int) -> int:
+        """A filter's columns: their numbers, rows of the weight, and those of its gradient."""
+        numbers = math.ceil(self.rows / max(1, chunk)) * self.vocab * 8
+        row = self.hidden * (self.item + self.exact * self.needs_weight)
+        return numbers + math.ceil(DENSE_SHARE * self._columns(tile) * row)
 
     def _reference_bytes(self, chunk: int, tile: int) -> int:
         """The torch reference's own copy of a tile, and beside it a softcap's slope or a filter's magnitudes."""

@@ -1,19 +1,24 @@
-"""One tile of logits: the head as given, memory to work in, and memory for what is kept."""
+"""The head as given, and memory for one tile of logits."""
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch
-from ..kernels.interface import ActiveColumns, RowStats, TokenOptions
+from ..kernels import dispatch, reference
+from ..kernels.interface import Backend, TokenOptions, row_length
+from ..kernels.softmax import TileSoftmax
 from . import gemm
-from .plan import MemoryPlan, operand_dtype
-from .schedule import Place, Schedule
+from .plan import operand_dtype
+from .schedule import Rows, Schedule
+
+# Stands for no label: rows at hand are scored, whatever number was given to mark those that are not.
+_NO_LABEL = -(2**31)
 
 
-class Head(NamedTuple):
+@dataclass(frozen=True)
+class Head:
     """The head as given: hidden states `[M, H]`, weight `[V, H]`, bias `[V]`, and how its logits are read."""
 
     hidden: Tensor
@@ -22,123 +27,111 @@ class Head(NamedTuple):
     options: TokenOptions
     backend: str | None
 
-    @property
+    @functools.cached_property
     def operand_dtype(self) -> torch.dtype:
         """As GEMMs read their operands."""
         return operand_dtype(self.weight.dtype, self.weight.device)
 
-    @property
+    @functools.cached_property
     def exact_dtype(self) -> torch.dtype:
         """Of statistics and accumulated gradients."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
-    @property
+    @functools.cached_property
     def logits_dtype(self) -> torch.dtype:
         """As GEMMs write the logits: exact, unless the device cannot from half-precision operands."""
         mixed = gemm.results_in_float32(self.weight.device.type, self.operand_dtype)
         return self.exact_dtype if mixed else self.operand_dtype
 
-    @property
+    @functools.cached_property
     def backend_name(self) -> str:
-        """The backend that will serve tiles of logits."""
+        """The backend that serves tiles of logits."""
         return dispatch.choose(self.weight.new_empty(0, dtype=self.logits_dtype), self.backend)
+
+    @functools.cached_property
+    def kernels(self) -> Backend:
+        """The row kernels that serve tiles of logits."""
+        return dispatch.rows(self.weight.new_empty(0, dtype=self.logits_dtype), self.backend)
+
+    @functools.cached_property
+    def softmax(self) -> TileSoftmax:
+        """The kernels that continue a softmax over tiles of logits."""
+        return dispatch.tile_softmax(self.kernels, self.backend_name)
+
+    @functools.cached_property
+    def row_options(self) -> TokenOptions:
+        """How tiles of scored rows are read."""
+        return self.options._replace(shift=False, ignore_index=_NO_LABEL)
 
     def gather(self, positions: Tensor) -> Tensor:
         """Hidden states that predict the labels at these positions, `[n, H]`, as GEMMs read them."""
         return self.hidden.index_select(0, positions - int(self.options.shift)).to(self.operand_dtype)
 
-    def row_stats(self, logits: Tensor, labels: Tensor, first_column: int, running: RowStats | None) -> RowStats:
-        """The backend's `row_stats` of a tile `[n, v]` of scored rows."""
-        kernels = dispatch.rows(logits, self.backend)
-        return kernels.row_stats(logits[None], labels[None], self.options._replace(shift=False), first_column, running)
+    def label_logits(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Transformed logits of some rows' labels, `[n]`; -inf for a label out of range."""
+        column = labels.clamp(0, len(self.weight) - 1)
+        logits = self.weight.index_select(0, column).to(self.exact_dtype).mul_(hidden).sum(-1)
+        if self.bias is not None:
+            logits += self.bias[column]
+        return torch.where(column == labels, reference.transform(logits, self.options), -torch.inf)
 
-    def row_grad(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        stats: RowStats,
-        first_column: int,
-        out: Tensor,
-        active: ActiveColumns | None = None,
-    ) -> Tensor:
-        """The backend's `row_grad` of a tile `[n, v]` of scored rows."""
-        kernels = dispatch.rows(logits, self.backend)
-        options, ones = self.options._replace(shift=False), torch.ones_like(stats.logp)
-        kernels.row_grad(logits[None], labels[None], stats, ones, options, first_column, out[None], active)
-        return out
-
-    def operand_like(self, logits: Tensor) -> Tensor:
-        """Where to write the U of a tile for GEMMs to read it: over the logits if it is of their dtype."""
-        return logits if logits.dtype == self.operand_dtype else torch.empty_like(logits, dtype=self.operand_dtype)
+    def label_mask(self, rows: Rows, schedule: Schedule | None) -> Tensor:
+        """`[chunks, V]` uint8, 1 at the columns of each chunk's labels; `[0, V]` without a schedule."""
+        if schedule is None:
+            return self.hidden.new_empty(0, len(self.weight), dtype=torch.uint8)
+        mask = torch.zeros(len(schedule.chunks), schedule.vocab, dtype=torch.uint8, device=self.hidden.device)
+        chunk = torch.arange(schedule.rows, device=self.hidden.device) // schedule.chunk
+        mask.view(-1)[chunk * schedule.vocab + rows.labels.clamp(0, schedule.vocab - 1)] = 1
+        return mask
 
 
 class Scratch:
-    """Memory for one tile of logits and, where GEMMs read another dtype, one tile of the weight."""
+    """Memory for one tile of logits, of U, and of the weight where GEMMs read another dtype; allocated when first used.
+
+    Rows start at multiples of 16 elements, which GEMMs and kernels read fastest.
+    """
 
     def __init__(self, head: Head, schedule: Schedule):
-        rows, vocab, chunk, tile = schedule.sizes
-        self.head, self.size = head, min(rows, chunk) * min(vocab, tile)
-        converts = head.operand_dtype != head.weight.dtype
-        size = min(vocab, tile) * head.weight.shape[1] if converts else 0
-        self.weight = head.weight.new_empty(size, dtype=head.operand_dtype)
+        self.head = head
+        self.converts = head.operand_dtype != head.weight.dtype
+        self.columns = min(schedule.vocab, schedule.tile)
+        self.size = min(schedule.rows, schedule.chunk) * row_length(self.columns)
+
+    def load(self, columns: slice, chosen: Tensor | None = None) -> Tensor:
+        """A tile of the weight, or these of its rows, `[v, H]`, as GEMMs read it."""
+        weight = self.head.weight[columns]
+        if chosen is not None:
+            weight = weight.index_select(0, chosen)
+        if not self.converts:
+            return weight
+        return self._weight[: len(weight)].copy_(weight)
+
+    def logits(self, hidden: Tensor, weight: Tensor, columns: slice, chosen: Tensor | None = None) -> Tensor:
+        """The logits of a chunk and tile, or of chosen columns of it, `[n, v]`."""
+        logits = _view(self._logits, len(hidden), len(weight))
+        gemm.matmul(hidden, weight.T, logits)
+        if self.head.bias is None:
+            return logits
+        bias = self.head.bias[columns]
+        return logits.add_(bias if chosen is None else bias[chosen])
+
+    def unit(self, rows: int, columns: int) -> Tensor:
+        """Where a tile of U, or of P, is written for GEMMs to read: over the logits if it is of their dtype."""
+        return _view(self._logits if self.head.logits_dtype == self.head.operand_dtype else self._unit, rows, columns)
 
     @functools.cached_property
-    def logits(self) -> Tensor:
-        """Made when first used: backward needs none if it reads all U where it was kept."""
+    def _logits(self) -> Tensor:
         return self.head.weight.new_empty(self.size, dtype=self.head.logits_dtype)
 
-    def load(self, columns: slice) -> Tensor:
-        """A tile of the weight, `[v, H]`, as GEMMs read it."""
-        weight = self.head.weight[columns]
-        if self.weight.dtype == weight.dtype:
-            return weight
-        return self.weight[: weight.numel()].view(weight.shape).copy_(weight)
+    @functools.cached_property
+    def _unit(self) -> Tensor:
+        return self.head.weight.new_empty(self.size, dtype=self.head.operand_dtype)
 
-    def multiply(self, hidden: Tensor, weight: Tensor, columns: slice) -> Tensor:
-        """The logits of a chunk and tile, `[n, v]`."""
-        logits = self.tile(len(hidden), len(weight))
-        gemm.matmul(hidden, weight.T, logits)
-        return logits if self.head.bias is None else logits.add_(self.head.bias[columns])
-
-    def tile(self, rows: int, columns: int) -> Tensor:
-        """Uninitialised memory of the tile of logits."""
-        return self.logits[: rows * columns].view(rows, columns)
+    @functools.cached_property
+    def _weight(self) -> Tensor:
+        return self.head.weight.new_empty(self.columns, self.head.weight.shape[1], dtype=self.head.operand_dtype)
 
 
-class KeptTiles:
-    """Memory for what is kept of the tiles."""
-
-    def __init__(self, head: Head, schedule: Schedule, plan: MemoryPlan, filtered: bool):
-        rows, vocab, *_ = schedule.sizes
-        self.schedule, self.filtered = schedule, filtered
-        # A filter fills the same memory with parts of more tiles.
-        self.tiles = plan.tiles if filtered and plan.kept_tiles else plan.kept_tiles
-        self.kept = head.hidden.new_empty(rows * min(vocab, plan.kept_tiles * plan.tile_columns))
-        columns = len(schedule.chunks) * vocab if filtered and plan.kept_tiles else 0
-        self.columns = head.hidden.new_empty(columns, dtype=torch.int32)
-        self.used = self.used_columns = 0
-
-    def place(self, chunk: int, tile: int, columns: Tensor | None = None) -> Tensor | None:
-        """Memory for the U of a chunk and tile, or of these columns of it; None if there is no room."""
-        rows, span = self.schedule.chunks[chunk], self.schedule.tiles[tile]
-        shape = (rows.stop - rows.start, span.stop - span.start if columns is None else len(columns))
-        offset = self.used
-        if not self.filtered:  # tile after tile, each with all rows
-            offset = self.schedule.sizes[0] * span.start + rows.start * shape[1]
-        end = offset + shape[0] * shape[1]
-        if tile >= self.tiles or end > self.kept.numel():
-            return None
-        self.used = end
-        place = Place(offset)
-        if columns is not None:
-            place = Place(offset, self.used_columns, len(columns))
-            self.used_columns += len(columns)
-            self.columns[place.columns_offset : self.used_columns] = columns
-        self.schedule.places[chunk][tile] = place
-        return self.kept[offset:end].view(shape)
-
-    def filled(self) -> tuple[Tensor, Tensor]:
-        """What was kept, and the columns of it."""
-        if not self.filtered:
-            return self.kept, self.columns
-        return self.kept[: self.used], self.columns[: self.used_columns]
+def _view(memory: Tensor, rows: int, columns: int) -> Tensor:
+    length = row_length(columns)
+    return memory[: rows * length].view(rows, length)[:, :columns]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .interface import Backend
+from .softmax import TileSoftmax
 
 BACKENDS = ("triton", "native", "torch")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -42,6 +43,13 @@ def check_backend(backend: str | None) -> None:
 def rows(logits: Tensor, backend: str | None) -> Backend:
     """The module whose `row_stats` and `row_grad` serve these logits; errors as `choose`."""
     return _module(choose(logits, backend))
+
+
+def tile_softmax(kernels: Backend, name: str) -> TileSoftmax:
+    """What continues a softmax over tiles of logits: fused kernels, or a backend's row kernels one after another."""
+    if name == "triton":
+        return importlib.import_module(".triton.softmax", __package__).FusedTileSoftmax(kernels)
+    return TileSoftmax(kernels)
 
 
 def fuses_objective(logps: Tensor, backend: str | None) -> bool:
