@@ -147,6 +147,14 @@ def test_rows_under_a_dense_mask_stay_short():
     assert len(replace(form, dense=False)(examples)["micro_batches"]) == 1
 
 
+def test_responses_of_one_token_train(tmp_path):
+    """Cut to two tokens, as many tokens are scored as there are responses."""
+    short = with_reference(dataset(5, SIZES, max_length=2))
+    for form in (BatchForm(), BatchForm(shared=True)):
+        trainer = RPOTrainer(tiny_model(), arguments(tmp_path), RPO(), short, batch_form=form)
+        assert trainer.train().training_loss > 0
+
+
 def test_groups_above_the_budget_are_named(warnings_of_transformers):
     examples = list(data(4))
     examples[2].prompt = list(range(1, 100))

@@ -146,7 +146,9 @@ class BatchForm:
 
     def _micro_batch(self, examples: Sequence[Example], row: list[int]) -> dict[str, Any]:
         members = [examples[g] for g in row]
-        collate: Callable = SharedPromptCollator() if self.shared else GroupCollator(self.pad_token_id)
+        # Where every response is one token, packed sums and packed tokens look alike to the loss: it wants padding.
+        single = all(len(response) == 1 for e in members for response in e.responses)
+        collate: Callable = SharedPromptCollator() if self.shared and not single else GroupCollator(self.pad_token_id)
         return collate(members) | {"groups": row, "dropped_tokens": [e.dropped_tokens for e in members]}
 
     def _compare(self, other: "BatchForm", model: nn.Module, examples: Sequence[Example], layer: LossLayer) -> None:

@@ -14,6 +14,8 @@ from .. import RPOOutput
 from ..objectives import ranking_metrics
 from .collator import IGNORE_INDEX
 
+METRIC_NAMES = ("loss", "accuracy", "margin", "logp_best", "logp_worst", "drift", "scored_tokens", "dropped_tokens")
+
 
 class GroupTable(NamedTuple):
     """Figures of G groups with at most K responses; an entry is a response's where `present` is 1."""
@@ -78,7 +80,7 @@ class GroupTable(NamedTuple):
         accuracy, margin = ranking_metrics(self.implicit_rewards, self.rewards, present)
         best = self.rewards.masked_fill(~present, -torch.inf).argmax(-1, keepdim=True)
         worst = self.rewards.masked_fill(~present, torch.inf).argmin(-1, keepdim=True)
-        return {
+        values = {
             "loss": self.losses.mean().item(),
             "accuracy": accuracy.item(),
             "margin": margin.item(),
@@ -88,6 +90,7 @@ class GroupTable(NamedTuple):
             "scored_tokens": int(self.scored_tokens[present].sum()),
             "dropped_tokens": int(self.dropped_tokens.sum()),
         }
+        return {name: values[name] for name in METRIC_NAMES}
 
 
 class Speed:

@@ -4,14 +4,18 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer
+import torch
+from huggingface_hub import HfApi
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
 
 from ..integrations.model_head import find_head
 from . import checkpoints, models
 from .config import RPOArguments, Settings
 from .dataset import PreferenceDataset
 from .errors import RunError
+from .metrics import METRIC_NAMES
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -48,6 +52,7 @@ _LEAST: dict[str, float] = {
     "weight_decay": 0,
     "max_grad_norm": 0,
     "warmup_steps": 0,
+    "seed": 0,
 }
 
 
@@ -89,6 +94,10 @@ def check_settings(settings: Settings) -> None:
         unusable = checkpoints.defect(Path(args.resume_from_checkpoint))
         if unusable is not None:
             raise SettingError(f"cannot resume from {args.resume_from_checkpoint}: {unusable}")
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if best not in METRIC_NAMES:
+        raise SettingError(f"metric_for_best_model must be one of {list(METRIC_NAMES)}, got {best!r}")
+    _check_optimizer(args)
     _check_optional_packages(args)
 
 
@@ -123,12 +132,31 @@ def _check_lora(settings: Settings) -> None:
         raise SettingError("adapter 'continue' trains the adapter that is there: leave out --lora-rank, or merge it")
 
 
-def _check_optional_packages(args: RPOArguments) -> None:
-    """The optimizer and the loggers, which other packages may bring."""
+def _check_optimizer(args: RPOArguments) -> None:
+    """Make the optimizer, which another package may bring, and its schedule for one parameter."""
+    optimizer: torch.optim.Optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
+        make, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        if make.__module__.startswith("torch."):
+            optimizer = make(optimizer.param_groups[0]["params"], **options)
     except (ImportError, ValueError, RuntimeError) as error:
-        raise SettingError(f"optim {args.optim!s}: {error}") from error
+        raise SettingError(f"optim {getattr(args.optim, 'value', args.optim)}: {error}") from error
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise SettingError(f"lr_scheduler_type {name} with {args.lr_scheduler_kwargs}: {error}") from error
+
+
+def _check_optional_packages(args: RPOArguments) -> None:
+    """Loggers and kernels that other packages bring, and the hub."""
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise SettingError("use_liger_kernel needs the package liger-kernel, which is not installed")
+    if args.push_to_hub:
+        try:
+            HfApi(token=args.hub_token).whoami()
+        except Exception as error:  # of the network, or of the account
+            raise SettingError(f"push_to_hub: {' '.join(str(error).split())[:200]}") from error
     for callback in get_reporting_integration_callbacks(args.report_to):
         try:
             callback()
@@ -176,9 +204,17 @@ def check_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrai
             raise RunError(f"the tokenizer's {name} token {token} is not among the {vocabulary} tokens of {source}")
 
 
-def check_data(datasets: Iterable[PreferenceDataset], configs: dict[str, PreTrainedConfig]) -> None:
-    """RunError if the data holds a token that one of the models, by name, does not know."""
-    largest = max(dataset.largest_token() for dataset in datasets)
+def check_data(
+    args: RPOArguments,
+    train: PreferenceDataset,
+    others: Iterable[PreferenceDataset],
+    configs: dict[str, PreTrainedConfig],
+) -> None:
+    """RunError if the data holds a token that one of the models, by name, does not know, or too little to train on."""
+    size = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(train) < size:
+        raise RunError(f"dataloader_drop_last leaves nothing of {len(train)} groups in batches of {size}")
+    largest = max(dataset.largest_token() for dataset in (train, *others))
     for name, config in configs.items():
         vocabulary = config.get_text_config().vocab_size
         if largest >= vocabulary:

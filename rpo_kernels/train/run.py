@@ -64,7 +64,8 @@ def train(settings: Settings, is_demo: bool = False) -> dict:
         output.check_unused(settings.run)
         tokenizer, configs = _sources(settings, is_demo)
         datasets = _datasets(settings, tokenizer)
-        preflight.check_data(datasets.values(), configs)
+        held_out = [datasets[name] for name in datasets if name != TRAINING]
+        preflight.check_data(args, datasets[TRAINING], held_out, configs)
         identity = run_identity(settings, datasets)
         if settings.run.resume and output.is_finished() and not settings.run.extend:
             output.check_finished(settings.run, identity)
