@@ -51,9 +51,7 @@ def _source(data: dict[str, Any]) -> str:
 def _charts(data: dict[str, Any], page: Path, path: Path) -> list[str]:
     folder = page.with_suffix("") / path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = (draw_training if data["kind"] == "training" else draw)(data, folder, path.stem)
-    for chart in drawn:
-        chart.with_suffix(".svg").unlink(missing_ok=True)
+    drawn = (draw_training if data["kind"] == "training" else draw)(data, folder, path.stem, svg=False)
     return [f"\n![{chart.stem}]({chart.relative_to(page.parent)})\n" for chart in drawn]
 
 

@@ -81,7 +81,7 @@ def held_out(run: dict[str, Any], metric: str) -> list[tuple[int, float]]:
     return sorted({0: run["before"][key], **during}.items())
 
 
-def draw(data: dict[str, Any], folder: Path, name: str) -> list[Path]:
+def draw(data: dict[str, Any], folder: Path, name: str, svg: bool = True) -> list[Path]:
     """Training loss, held-out loss and accuracy of the runs, one over the other, and their peak memory; PNG files."""
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     loss, accuracy, eval_loss, memory = figure.subplots(2, 2).flat
@@ -107,7 +107,7 @@ def draw(data: dict[str, Any], folder: Path, name: str) -> list[Path]:
     for axes in (loss, accuracy, eval_loss):
         axes.set_xlabel("step", fontsize=9)
         axes.legend(fontsize=8)
-    return [save_figure(figure, folder / f"{name}.png")]
+    return [save_figure(figure, folder / f"{name}.png", svg)]
 
 
 def compare(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,6 +38,7 @@ _EPILOG = "cases:\n" + "\n".join(f"  {name:<13}{case.summary}" for name, case in
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark that the arguments describe. Returns the exit status."""
     args = parse(argv)
+    print("rpo-kernels bench: loading torch", file=sys.stderr, flush=True)
     from rich.console import Console
 
     from .clock import DeviceLost

@@ -21,8 +21,8 @@ _ENDS = ("out of memory", "wrong")  # where a line stops, marked as that
 _MARK = "#a00000"
 
 
-def draw(data: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """Draw a result file's charts, PNG and SVG.
+def draw(data: dict[str, Any], folder: Path, name: str, svg: bool = True) -> list[Path]:
+    """Draw a result file's charts, PNG and SVG or PNG only.
 
     Returns:
         The PNG files.
@@ -30,22 +30,23 @@ def draw(data: dict[str, Any], folder: Path, name: str) -> list[Path]:
     if data["kind"] == "memory":
         figure = _memory(data["problems"])
         _caption(figure, data)
-        return [save_figure(figure, folder / f"{name}.png")] if any(e["results"] for e in data["problems"]) else []
+        return [save_figure(figure, folder / f"{name}.png", svg)] if any(e["results"] for e in data["problems"]) else []
     paths = []
     for case in CASES:
         entries = [entry for entry in data["problems"] if entry["problem"]["case"] == case]
         if any(entry["results"] for entry in entries):
             figure = (_sweep if _is_sweep(entries) else _bars)(entries)
             _caption(figure, data)
-            paths.append(save_figure(figure, folder / f"{name}-{case}.png"))
+            paths.append(save_figure(figure, folder / f"{name}-{case}.png", svg))
     return paths
 
 
-def save_figure(figure: Any, path: Path) -> Path:
-    """PNG and SVG of a figure; the same figure gives the same files."""
+def save_figure(figure: Any, path: Path, svg: bool = True) -> Path:
+    """A figure as PNG, and as SVG beside it; the same figure gives the same files."""
     figure.savefig(path, dpi=150, bbox_inches="tight")
-    with rc_context({"svg.hashsalt": "rpo_kernels"}):
-        figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+    if svg:
+        with rc_context({"svg.hashsalt": "rpo_kernels"}):
+            figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
     return path
 
 

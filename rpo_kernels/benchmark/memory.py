@@ -1,6 +1,7 @@
 """`rpo-kernels memory`: what the loss layer of a training step takes, measured and predicted, and what fits a card."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ _CAPACITY_NOTES = [
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit status."""
     args = parse(argv)
+    print("rpo-kernels memory: loading torch", file=sys.stderr, flush=True)
     from rich.console import Console
 
     console = Console()
