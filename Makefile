@@ -1,7 +1,9 @@
 # make train      set up a virtual environment and train the embedded demonstration
 # make test       set up, then lint, type-check and test
+# make slow       the tests that are too slow for `make test`
 # make docs       build the documentation into site/; warnings are errors
 # make sanitize   test the C++ kernels under the address and undefined-behaviour sanitizers (ten minutes)
+# make fuzz       search for MINUTES=30 for inputs on which an operator is wrong
 # make gpu        on a machine with a GPU and nothing to download: tests, benchmarks, memory, charts in bench/results/
 #
 # PYTHON=python3.12 picks the interpreter (3.10 or newer), TORCH='torch==2.11.0' the torch requirement.
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH)' | tr -c 'a-zA-Z0-9.\n' '-')
 SETUP := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: train test lint docs sanitize gpu clean
+.PHONY: train test slow lint docs sanitize fuzz gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/rpo-kernels train
@@ -24,8 +26,14 @@ train: $(VENV)/.train
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -m "not real and not slow" -n 2 --durations 15
 
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m "slow and not real"
+
 sanitize: $(VENV)/.test
 	PYTHON=$(BIN)/python csrc/sanitize.sh -m "not slow"
+
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),30)
 
 gpu:
 	PYTHONPATH=. $(PYTHON) bench/gpu.py

@@ -112,15 +112,15 @@ def _check(logits: Tensor, labels: Tensor, rows: Tensor | None, shift: bool) -> 
 
 
 def _check_no_overlap(logits: Tensor) -> None:
-    """Elements are apart if each stride is longer than all that the smaller strides reach."""
-    reach = 0
-    for stride, size in sorted((stride, size) for stride, size in zip(logits.stride(), logits.shape) if size > 1):
-        if stride <= reach:
+    """Elements are apart if each stride is longer than all that the strides below it reach."""
+    strides = [(stride, size) for stride, size in zip(logits.stride(), logits.shape) if size > 1]
+    for i, (longer, _) in enumerate(strides):
+        below = [stride * (size - 1) for j, (stride, size) in enumerate(strides) if j != i and stride <= longer]
+        if longer <= sum(below):
             raise ValueError(
                 f"inplace_backward=True needs logits whose rows do not share memory; got shape {list(logits.shape)} "
                 f"with strides {list(logits.stride())}"
             )
-        reach += stride * (size - 1)
 
 
 def _forward(
