@@ -1,6 +1,8 @@
 """Nothing depends on torch's global state: its default dtype, default device, another device's autocast."""
 
+import ast
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,3 +63,25 @@ def test_global_state_changes_nothing(backend, backend_device, state):
         results = everything(backend, *inputs)
     for result, exact in zip(results, expected, strict=True):
         assert result.dtype == exact.dtype and torch.equal(result, exact)
+
+
+FACTORIES = {"empty", "zeros", "ones", "full", "tensor", "rand", "randn", "eye", "linspace"}
+
+
+def test_every_new_tensor_names_its_dtype_and_device():
+    """A float32 kernel that writes into memory of the default dtype writes past its end."""
+    package = Path(__file__).parents[1] / "rpo_kernels"
+    files = [
+        *package.glob("*.py"),
+        *(x for part in ("kernels", "head", "fused", "objectives") for x in (package / part).rglob("*.py")),
+    ]
+    names = {f"torch.{name}" for name in FACTORIES}
+    calls = [
+        (file, node) for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)
+    ]
+    unnamed = [
+        f"{file.name}:{call.lineno} {ast.unparse(call)}"
+        for file, call in calls
+        if ast.unparse(call.func) in names and not {"dtype", "device"} <= {keyword.arg for keyword in call.keywords}
+    ]
+    assert unnamed == []

@@ -76,7 +76,7 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
         unit=stats.new_empty(count if differentiates else 0, width),
         kept=head.hidden.new_empty(cuts.kept_size()),
         active=head.hidden.new_zeros(len(cuts.chunks) * vocab if filtered else 0, dtype=torch.uint8),
-        schedule=torch.tensor([*cuts, filtered], dtype=torch.int64),
+        schedule=torch.tensor([*cuts, filtered], dtype=torch.int64, device="cpu"),
     )
     work = _Work(head, cuts, pairs=differentiates, unit=filtered)
     for number, span in enumerate(cuts.chunks):
@@ -138,8 +138,10 @@ class _ForwardChunk:
         self.label = _padded(self.bits.float(), math.inf)  # so that no padding marks a column
         self.columns = _padded(labels.int(), -1)
         self.reference = _padded(self.bits.float().ceil().clamp(min=-1e30), 0)
-        self.sum = torch.zeros(len(self.reference), dtype=torch.float64)
-        self.gradient = torch.zeros(self.shapes.gradient) if work.pairs is not None else None
+        self.sum = torch.zeros(len(self.reference), dtype=torch.float64, device="cpu")
+        self.gradient = (
+            torch.zeros(self.shapes.gradient, dtype=torch.float32, device="cpu") if work.pairs is not None else None
+        )
         self.dropped = torch.zeros_like(self.sum)
         self.threshold = (needs.threshold or 0.0) * self.options.temperature / self.options.logit_scale
         if marks is not None:
@@ -201,7 +203,7 @@ def _transform(logits: Tensor, options: TokenOptions) -> tuple[Tensor, Tensor]:
 
 
 def _float32(x: float) -> float:
-    return torch.tensor(x, dtype=torch.float32).item()
+    return torch.tensor(x, dtype=torch.float32, device="cpu").item()
 
 
 def _padded(x: Tensor, fill: float) -> Tensor:
@@ -244,7 +246,7 @@ class _Backward:
         self.factor = grad_logps.flatten()[saved.positions].float()
         self.hidden = torch.zeros_like(head.hidden) if needs.hidden else head.hidden.new_empty(0)
         self.weight = self._weight_memory()
-        self.bias = torch.zeros(self.cuts.vocab if needs.bias else 0)
+        self.bias = torch.zeros(self.cuts.vocab if needs.bias else 0, dtype=torch.float32, device="cpu")
 
     def _weight_memory(self) -> Tensor:
         if not self.needs.weight:
@@ -261,7 +263,7 @@ class _Backward:
         chunks = [_BackwardChunk(work, self, number) for number in range(len(self.cuts.chunks))]
         # A chunk alone writes the gradient's rows itself; several are summed in float32.
         size = self.cuts.buffers.columns * self.cuts.width if self.needs.weight and len(chunks) > 1 else 0
-        memory = torch.empty(size)
+        memory = torch.empty(size, dtype=torch.float32, device="cpu")
         for tile, columns in enumerate(self.cuts.tiles):
             out = self.weight[columns]
             if size:
@@ -299,7 +301,9 @@ class _BackwardChunk:
         self.lanes = work.packed(shapes.lanes if work.unit is not None else (0,))
         self.elements = work.packed(shapes.elements if walk.needs.weight else (0,))
         self.packed_with: Tensor | None = None
-        self.gradient = torch.zeros(shapes.gradient) if work.pairs is not None else None
+        self.gradient = (
+            torch.zeros(shapes.gradient, dtype=torch.float32, device="cpu") if work.pairs is not None else None
+        )
         native_head.pack_hidden(
             self.hidden,
             self.lanes if work.unit is not None else None,

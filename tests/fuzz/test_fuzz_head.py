@@ -98,7 +98,7 @@ def test_contexts(context, data):
 @settings(settings.get_profile("fuzz"))
 @given(data=st.data())
 def test_filter_stays_within_its_bound(data):
-    """The error of a position's hidden gradient is at most its dropped mass, times its factor, times the longest row."""
+    """A position's hidden gradient is off by its dropped mass, times its factor, times the longest row, or less."""
     hidden, weight, _, labels, options, _ = data.draw(problems())
     hidden, weight = hidden.float().requires_grad_(), weight.float()
     threshold = data.draw(st.sampled_from([0.0, 2.0**-20, 2.0**-10, 0.1, 2.0]))
