@@ -148,7 +148,9 @@ class _Active:
         self.columns = active.nonzero().squeeze(1)  # the host waits for the device here,
         edges = [chunk * vocab + tile.start for chunk in range(len(schedule.chunks)) for tile in schedule.tiles]
         edges.append(len(active))
-        self.bounds = torch.searchsorted(self.columns, torch.tensor(edges, device=labels.device)).tolist()  # and here
+        self.bounds = torch.searchsorted(
+            self.columns, torch.tensor(edges, dtype=torch.int64, device=labels.device)
+        ).tolist()  # and here
         # A label's column is active, so that this is its number; a label out of range gets none.
         column = labels.clamp(0, vocab - 1)
         chunk_of_row = torch.arange(len(labels), device=labels.device) // schedule.chunk

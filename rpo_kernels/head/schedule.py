@@ -48,7 +48,9 @@ class Schedule:
 
     def dump(self) -> Tensor:
         """As one tensor, for an operator to return."""
-        return torch.tensor([self.rows, self.vocab, self.chunk, self.tile, self.kept_tiles], device="cpu")
+        return torch.tensor(
+            [self.rows, self.vocab, self.chunk, self.tile, self.kept_tiles], dtype=torch.int64, device="cpu"
+        )
 
     @classmethod
     def load(cls, packed: Tensor) -> "Schedule":
