@@ -108,6 +108,40 @@ def test_interrupting_leaves_nothing_half_done(tmp_path, monkeypatch):
     assert load_json(one(tmp_path, "bench.json"))["problems"][0]["results"] == {}
 
 
+def test_what_is_terminated_keeps_its_samples(tmp_path):
+    """For a minute it would sample; it is stopped when it has begun to."""
+    code = """
+import os, signal
+from rpo_kernels.benchmark import sampling
+from rpo_kernels.cli import main
+taken, take = [], sampling.Sampler.__call__
+def counted(self):
+    taken.append(1)
+    if len(taken) == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return take(self)
+sampling.Sampler.__call__, sampling.MOST = counted, 10**6
+raise SystemExit(main(ARGV))
+"""
+    argv = [
+        "bench",
+        *SIZES,
+        "--case",
+        "logits",
+        "--only",
+        "eager",
+        "--rows",
+        "8",
+        "--time-only",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run([sys.executable, "-c", code.replace("ARGV", repr([*argv, "--seconds", "60"]))])
+    assert done.returncode == 130
+    result = load_json(one(tmp_path, "bench.json"))["problems"][0]["results"]["eager torch"]
+    assert result["status"] == "ok" and len(result["step_s"]) == 4
+
+
 def test_resume_refuses_what_does_not_belong_together(bench, tmp_path, capsys):
     copied = shutil.copytree(bench.parent.parent, tmp_path / "out") / bench.parent.name / "bench.json"
     whole = copied.read_text()

@@ -101,7 +101,9 @@ def test_every_sample_stands_between_its_references():
     }
     run = one.load(LOGITS)
     logged = LossPass(lambda inputs: (calls.append("step"), run.forward(inputs))[1])
-    samples = interleave({one.name: Sampler(logged, inputs, references, one.inplace)}, 0.0)[one.name]
+    taken = {}
+    interleave({one.name: Sampler(logged, inputs, references, one.inplace)}, 0.0, taken)
+    samples = taken[one.name]
     assert torch.equal(inputs.logits, before)
     assert len(samples) == 3 and all(s.step_s > s.forward_s > 0 and s.reference_s["copy"] > 0 for s in samples)
     assert calls == ["copy", "step", "copy"] * 3
@@ -118,7 +120,8 @@ def test_slow_implementations_leave_and_the_others_go_on():
 
         return take
 
-    samples = interleave({"slow": sampler("slow", 0.05), "fast": sampler("fast", 0.001)}, 0.1)
+    samples = {}
+    interleave({"slow": sampler("slow", 0.05), "fast": sampler("fast", 0.001)}, 0.1, samples)
     assert len(samples["slow"]) == 3 < len(samples["fast"])
     assert taken[:6] == ["slow", "fast"] * 3
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -44,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     from .clock import DeviceLost
 
     console = Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is saved, as after Ctrl-C
     try:
         resolve(args)
         if args.list:

@@ -11,8 +11,8 @@ from .clock import free_memory
 from .implementations.registry import Implementation
 from .peaks import PeakSettings, measure_peaks
 from .problem import Problem
-from .results import Entry, begin, entry_of, failure, is_pending, lacks_peak, save_json, was_timed
-from .sampling import Sample, SampleError, columns, interleave
+from .results import Entry, begin, entry_of, failure, is_pending, lacks_peak, save_json
+from .sampling import LEAST, Sample, SampleError, columns, interleave
 from .timing import Worker, load
 
 
@@ -104,7 +104,7 @@ def _measure_time(plan: Plan, problem: Problem, entry: Entry, save: Callable[[],
     """Time the problem's subjects together, unless all of them have been."""
     results = entry["results"]
     right = [s for s in plan.of(problem) if is_pending(results.get(s.name)) or results[s.name]["status"] == "ok"]
-    if all(s.name in results and was_timed(results[s.name]) for s in right):
+    if all(s.name in results and len(results[s.name].get("step_s", [])) >= LEAST for s in right):
         return
     for subject in right:
         begin(entry, subject.name)
@@ -133,12 +133,17 @@ def _measure_time(plan: Plan, problem: Problem, entry: Entry, save: Callable[[],
 
 
 def _sample(samplers: dict[str, Callable[[], Sample]], entry: Entry, seconds: float, device: str) -> None:
-    """Time the implementations; one that fails is left out and the others start again."""
+    """Time the implementations; one that fails is left out and the others start again. What an interruption leaves is
+    kept, for `--resume` to replace."""
+    taken: dict[str, list[Sample]] = {}
     try:
-        for name, samples in interleave(samplers, seconds).items():
-            entry["results"][name].update(columns(samples))
+        interleave(samplers, seconds, taken)
     except SampleError as error:
         name, message = error.args
         entry["results"][name].update(failure(message))
         free_memory(device)
+        taken.clear()
         _sample({n: sampler for n, sampler in samplers.items() if n != name}, entry, seconds, device)
+    finally:
+        for name, samples in taken.items():
+            entry["results"][name].update(columns(samples))

@@ -66,14 +66,14 @@ def preserved(inputs: Inputs, inplace: bool) -> Iterator[None]:
             inputs.logits.data.copy_(pristine)
 
 
-def interleave(samplers: dict[str, Callable[[], Sample]], seconds: float) -> dict[str, list[Sample]]:
-    """Samples by implementation, taken in rounds of one sample each: at least 3, at most 50, and as many as fit in an
-    equal share of `seconds`. A slow one leaves after three rounds, and the others go on.
+def interleave(samplers: dict[str, Callable[[], Sample]], seconds: float, samples: dict[str, list[Sample]]) -> None:
+    """Add samples by implementation to `samples`, taken in rounds of one sample each: at least 3, at most 50, and as
+    many as fit in an equal share of `seconds`. A slow one leaves after three rounds, and the others go on.
 
     Raises:
         SampleError: naming the implementation that failed.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in samplers}
+    samples.update({name: [] for name in samplers})
     spent = dict.fromkeys(samplers, 0.0)
     share = seconds / max(1, len(samplers))
     while waiting := [name for name in samplers if _wants_more(len(samples[name]), spent[name], share)]:
@@ -84,7 +84,6 @@ def interleave(samplers: dict[str, Callable[[], Sample]], seconds: float) -> dic
             except Exception as error:
                 raise SampleError(name, f"{type(error).__name__}: {error}") from error
             spent[name] += time.perf_counter() - start
-    return samples
 
 
 def _wants_more(count: int, spent: float, share: float) -> bool:
