@@ -13,7 +13,8 @@ trap 'rm -rf "$copy"' EXIT
 flags="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 CFLAGS=$flags LDFLAGS=$flags "$python" setup.py -q build_ext --build-temp "$copy/objects" --build-lib "$copy"
 [ -e "$copy/rpo_kernels/_native.so" ] || { echo "the instrumented library was not built" >&2; exit 1; }
-cp -r rpo_kernels/*.py rpo_kernels/kernels "$copy/rpo_kernels/"
+mv "$copy/rpo_kernels/_native.so" "$copy/instrumented.so"
+cp -r rpo_kernels "$copy" && mv "$copy/instrumented.so" "$copy/rpo_kernels/_native.so"
 
 export PYTHONPATH=$copy PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
@@ -23,3 +24,6 @@ for level in $levels; do
   RPO_KERNELS_NATIVE_LEVEL=$level LD_PRELOAD=$preload \
     "$python" -m pytest -q -p no:cacheprovider tests/test_rows.py tests/test_native.py -k native "$@"
 done
+
+# The head level's products: the tests go over the units, where this machine has them, and their emulation.
+LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider tests/test_head_cpu.py "$@"
