@@ -1,7 +1,7 @@
 """The run of a benchmark: peak memory of everything, then time, the result file rewritten after each step."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +11,9 @@ from .clock import free_memory
 from .implementations.registry import Implementation
 from .peaks import PeakSettings, measure_peaks
 from .problem import Problem
-from .results import Entry, begin, entry_of, failure, is_pending, lacks_peak, save_json
+from .results import Entry, begin, entry_of, failure, forget_interruption, is_pending, lacks_peak, save_json
 from .sampling import LEAST, Sample, SampleError, columns, interleave
-from .timing import Worker, load
+from .timing import Loaded, Worker, load
 
 
 class Subject(NamedTuple):
@@ -77,7 +77,7 @@ def _saved(data: dict[str, Any], path: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         for entry in data["problems"]:
-            entry["results"] = {n: r for n, r in entry["results"].items() if r["status"] != "interrupted"}
+            forget_interruption(entry)
         raise
     finally:
         save_json(data, path)
@@ -109,27 +109,30 @@ def _measure_time(plan: Plan, problem: Problem, entry: Entry, save: Callable[[],
     for subject in right:
         begin(entry, subject.name)
     save()
-    trees = {subject.tree: [s for s in right if s.tree == subject.tree] for subject in right}
-    workers, samplers = [], {}
-    try:
-        for tree, subjects in trees.items():
-            implementations = [subject.implementation for subject in subjects]
-            if tree is None:
-                loaded = load(problem, implementations, plan.states)
-            else:
-                workers.append(Worker(tree, problem, implementations, plan.states))
-                loaded = workers[-1].loaded
+    with ExitStack() as workers:
+        samplers: dict[str, Callable[[], Sample]] = {}
+        for tree in dict.fromkeys(subject.tree for subject in right):
+            subjects = [subject for subject in right if subject.tree == tree]
+            loaded = _load(problem, subjects, tree, plan.states, workers)
             entry.update(loaded.facts)
             for subject in subjects:
-                results[subject.name].update(loaded.results[subject.implementation.name])
+                name = subject.implementation.name
+                results[subject.name].update(loaded.results[name])
                 results[subject.name].pop("attempts")
-                if sampler := loaded.samplers.get(subject.implementation.name):
-                    samplers[subject.name] = sampler
+                if name in loaded.samplers:
+                    samplers[subject.name] = loaded.samplers[name]
         _sample(samplers, entry, plan.seconds, problem.device)
-    finally:
-        for worker in workers:
-            worker.close()
-        free_memory(problem.device)
+    free_memory(problem.device)
+
+
+def _load(
+    problem: Problem, subjects: list[Subject], tree: str | None, states: Path | None, workers: ExitStack
+) -> Loaded:
+    """The subjects of one checkout ready to be timed, those of another one in a process that `workers` ends."""
+    implementations = [subject.implementation for subject in subjects]
+    if tree is None:
+        return load(problem, implementations, states)
+    return workers.enter_context(closing(Worker(tree, problem, implementations, states))).loaded
 
 
 def _sample(samplers: dict[str, Callable[[], Sample]], entry: Entry, seconds: float, device: str) -> None:

@@ -99,6 +99,17 @@ def begin(entry: Entry, name: str) -> None:
     entry["results"][name] = {**so_far, **stands}
 
 
+def forget_interruption(entry: Entry) -> None:
+    """Bring back what stood before `begin`."""
+    for name, result in list(entry["results"].items()):
+        if result["status"] == "interrupted":
+            if "peak_bytes" in result or "step_s" in result:
+                entry["results"][name] = {**result, "status": "ok", "reason": None}
+                del entry["results"][name]["attempts"]
+            else:
+                del entry["results"][name]
+
+
 def failure(message: str) -> Result:
     """The result of an implementation that ended with this message."""
     status = "out of memory" if _OUT_OF_MEMORY.search(message) else "failed"
