@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # `TokenOptions` as operator arguments.
 TOKEN_OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_index, bool shift"
@@ -33,7 +34,10 @@ class Operator:
         self.function = function
 
     def __call__(self, *tensors: Tensor | Sequence[Tensor] | None, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_eager(tensors):
+        if torch.compiler.is_compiling():
+            return self.overload(*tensors, **options)
+        if not _is_eager(tensors):
+            _refuse_forward_mode(tensors)
             return self.overload(*tensors, **options)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
             return self.implementation(*tensors, **options)
@@ -114,8 +118,18 @@ def _is_eager(tensors: Sequence[Any]) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()
+        and forward_ad._current_level < 0
         and all(_is_plain(x) for x in tensors)
     )
+
+
+def _refuse_forward_mode(tensors: Sequence[Any]) -> None:
+    """torch's dispatcher would call the operator without the tangents: their result would silently be 0."""
+    if forward_ad._current_level < 0:
+        return
+    for x in tensors:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError("rpo_kernels operators have no forward-mode derivative, only backward")
 
 
 def _is_plain(x: Any) -> bool:

@@ -55,6 +55,10 @@ def token_logprobs(
         `"native"` also its value) may be infinite or NaN. With `outputs`, a `TokenOutputs` that holds them as `logps`
         beside what was asked for; its `entropy` is differentiable too.
 
+    Properties, which tests/fuzz checks: a row's result depends on no other row, to the bit; the gradient is linear in
+    that of the log-probabilities; columns may be permuted together with the labels; without a softcap, a row's gradient
+    sums to 0.
+
     Raises:
         ValueError: for shapes, dtypes, devices or options that do not fit. Labels out of range raise on the CPU; on an
             accelerator they give -inf without a synchronisation, and raise if RPO_KERNELS_CHECK=1 is set.

@@ -44,14 +44,17 @@ def rpo_loss(
         logits: `[B, T, V]` for B padded responses, or `[total, V]` packed; float32, bfloat16, float16 or float64.
         labels: `[B, T]`, or `[total]` with `cu_seqlens`; int64 or int32, `ignore_index` where not scored (prompt,
             padding).
-        rewards: `[B]`, any floating point or integer type, finite, in the batch's order.
+        rewards: `[B]`, any floating point or integer type, finite, in the batch's order; differentiable. Those of
+            float64 and integers are compared in float64.
         ref_logps: the reference's log-probabilities, floating point: `[B]` sums over each response (weighted like the
-            policy's if `token_weights` are used), or per token in the labels' shape.
+            policy's if `token_weights` are used), or per token in the labels' shape; refused where packed labels
+            have as many tokens as sequences, and could be either.
         ref_logits: the reference's logits instead, of the logits' shape; no gradient flows to them.
         objective: `RPO(...)`, a preset (`DPO()`, `IPO()`, ...) or a callable, see `rpo_kernels.objectives`.
         num_responses: K, the number of responses a prompt.
         layout: `"grouped"`: x1y1 x1y2 x2y1 x2y2; `"stacked"`: all first responses, then all second ones.
         group_ids: B integers naming each response's prompt, for groups of different sizes; replaces the former two.
+            As a tensor it is read on the host, which torch.compile cannot trace into one graph; a list it can.
         token_weights: weight of each token in its response's sum, of the labels' shape and any type; a constant.
         cu_seqlens: `[B + 1]` int32 or int64 offsets of the packed responses.
         rows: `[total]` integers: which row of the logits, then `[T, V]`, each packed label is scored against. Several

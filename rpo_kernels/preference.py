@@ -56,7 +56,7 @@ def preference_loss(
         rewards, ref_logps, objective, num_responses, layout, group_ids, token_weights, cu_seqlens: as in `rpo_loss`.
 
     Returns:
-        `RPOOutput`, differentiable in `token_logps`.
+        `RPOOutput`, differentiable in `token_logps`; in `rewards` and a tensor `beta` or `eta` of the objective too.
 
     Raises:
         ValueError: as `rpo_loss`.
@@ -94,6 +94,10 @@ def score_loss(
 
     Returns:
         `RPOOutput`, differentiable in `scores`; its `logps` are the scores and `ref_logps` None.
+
+    Properties of the built-in objectives, which tests/fuzz checks: neither the order of groups nor that of responses
+    within one matters; a constant added to a group's scores or rewards changes nothing; a batch beside its copy has
+    the same loss, and each half's gradient is half as large.
 
     Raises:
         ValueError: as `rpo_loss`.

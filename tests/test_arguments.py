@@ -263,3 +263,11 @@ def test_compiled_logits_of_any_strides(backend, backend_device, compiler):
         compiled = torch.compile(lambda x: token_logprobs(x * 1, labels, backend=backend), backend=compiler)
         (result,) = torch.autograd.grad(compiled(logits), logits, factors)
         torch.testing.assert_close(result, grad(logits))
+
+
+def test_forward_mode_is_refused():
+    """The dispatcher would drop the tangents, and their result be 0."""
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: token_logprobs(x, LABELS), (LOGITS,), (LOGITS,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        token_logprobs(torch.autograd.forward_ad.make_dual(LOGITS.clone(), LOGITS), LABELS)

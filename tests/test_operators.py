@@ -46,6 +46,35 @@ def test_opcheck_of_the_gradient(backend, backend_device, name):
         torch.library.opcheck(getattr(OPS, name), inputs, options)
 
 
+ARGUMENTS = {
+    "transposed logits": lambda x, y: (x.transpose(0, 1).contiguous().transpose(0, 1), y),
+    "vocabulary first": lambda x, y: (x.permute(2, 0, 1).contiguous().permute(1, 2, 0), y),
+    "sliced logits": lambda x, y: (x[:, :-1, 3:], y[:, 1:].clamp(max=20)),
+    "int32 labels": lambda x, y: (x, y.int()),
+    "transposed labels": lambda x, y: (x, y.t().contiguous().t()),
+    "no rows": lambda x, y: (x[:0], y[:0]),
+    "one column": lambda x, y: (x[..., :1], y.clamp(max=0)),
+}
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_opcheck_of_every_kind_of_argument(name, kind, live_backend):
+    backend, device = live_backend(name)
+    hidden, weight, labels, *_ = make(device)
+    logits, labels = ARGUMENTS[kind]((hidden @ weight.T).detach(), labels)
+    options = dict(OPTIONS, softcap=5.0, temperature=0.7, shift=False, backend=backend)
+    outputs = ["entropy", "mean_logit", "is_top1", "log_sum_sq_probs"]
+    forward = dict(options, inplace_backward=False, outputs=outputs)
+    logits = logits.requires_grad_()
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(OPS.token_logprobs, (logits, labels), forward, test_utils=checks)
+    logps, *saved, _ = OPS.token_logprobs(logits.detach(), labels, **forward)
+    inputs = (logits.detach(), labels, [logps, *saved], torch.ones_like(logps), torch.ones_like(logps))
+    torch.library.opcheck(OPS.token_logprobs_grad, inputs, options, test_utils=checks)
+    torch.library.opcheck(OPS.token_logprobs_grad_, inputs, options, test_utils=checks)
+
+
 def test_opcheck_of_the_fused_objective(live_backend):
     _, device = live_backend("triton")
     *_, labels, rewards, ref = make(device)
