@@ -13,15 +13,16 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...head import linear_token_logprobs
 from ...logprobs import token_logprobs
-from ._interim import linear_token_logprobs
+from .logged import Rows, logged_outputs
 
 _HEAD = ("hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
 # Read in TRL 0.24, 1.9, 1.13, 1.14, 1.15 and 1.16.
@@ -156,28 +157,18 @@ class Patch:
         dtype = _compute_dtype(hidden)
         operands = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
-        def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, ...], grad: bool) -> Any:
-            return linear_token_logprobs(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                temperature=temperature,
-                softcap=final_logit_softcapping,
-                logit_scale=logit_scale,
-                ignore_index=NOT_SCORED,
-                memory_budget=self.memory_budget,
-                gradient_filter=self.gradient_filter,
-                outputs=names,
-                entropy_grad=grad,
-            )
-
+        options: dict[str, Any] = dict(
+            temperature=temperature,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+            ignore_index=NOT_SCORED,
+        )
+        settings: dict[str, Any] = dict(memory_budget=self.memory_budget, gradient_filter=self.gradient_filter)
         with self._gathered_in_backward(weight, bias):
-            result = compute(*operands, tuple(HEAD_OUTPUTS[name] for name in wanted), False)
-            values = {name: getattr(result, HEAD_OUTPUTS[name]) for name in wanted} if wanted else {}
-            if "entropy" in values:
-                values["entropy"] = _Entropy.apply(values["entropy"], *operands, compute)
-        logps = result.logps if wanted else result
+            logps = linear_token_logprobs(operands[0], operands[1], targets, bias=operands[2], **options, **settings)
+            names = tuple(HEAD_OUTPUTS[name] for name in wanted)
+            logged = logged_outputs(*operands, Rows(targets, options), names) if wanted else None
+        values = {name: getattr(logged, HEAD_OUTPUTS[name]) for name in wanted}
         if outputs is None:
             return logps, values["entropy"]
         if "is_top1" in values:
@@ -260,29 +251,6 @@ class Patch:
         if what not in self._said:
             self._said.add(what)
             warnings.warn(f"rpo_kernels: {what}; TRL's own function computes them", stacklevel=4)
-
-
-class _Entropy(torch.autograd.Function):
-    """An entropy that costs nothing to have: most trainers only log it. Where one differentiates it, backward computes
-    it again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, compute: Callable
-    ) -> Tensor:
-        ctx.compute = compute
-        ctx.save_for_backward(hidden, weight, bias)
-        return entropy.view_as(entropy)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        needs = ctx.needs_input_grad[1:4]
-        operands = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needs)]
-        with torch.enable_grad():
-            entropy = ctx.compute(*operands, ("entropy",), True).entropy
-        wanted = [x for x in operands if x is not None and x.requires_grad]
-        gradients = iter(torch.autograd.grad(entropy, wanted, grad))
-        return None, *(next(gradients) if need else None for need in needs), None
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
