@@ -5,7 +5,7 @@ import json
 import pytest
 
 transformers = pytest.importorskip("transformers")
-from transformers import AutoTokenizer, GPT2Config, MambaConfig, T5Config  # noqa: E402
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, GPT2Config, MambaConfig, T5Config  # noqa: E402
 
 import rpo_kernels.train.run as run  # noqa: E402
 from rpo_kernels.cli import main  # noqa: E402
@@ -24,12 +24,15 @@ def folder(tmp_path_factory):
     configs = {
         "t5": T5Config(vocab_size=259, d_model=16, num_layers=1, d_ff=16, num_heads=2, d_kv=8),
         "mamba": MambaConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1, state_size=4),
-        "bert": transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
+        "vit": transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
         "gpt2": GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2, n_positions=40),
     }
     for name, config in configs.items():
         config.save_pretrained(path / name)
         tokenizer().save_pretrained(path / name)
+    bert = BertConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertLMHeadModel(bert).save_pretrained(path / "encoder")
+    tokenizer().save_pretrained(path / "encoder")
     tiny_model(vocab_size=100).save_pretrained(path / "small-vocabulary")
     write_model(path / "short-vocabulary", vocab_size=100)
     (path / "broken.gguf").write_bytes(b"not a model")
@@ -59,7 +62,8 @@ def folder(tmp_path_factory):
 
 MISTAKES = [
     ("--model t5", "t5 is an encoder-decoder (t5); only causal language models can be trained"),
-    ("--model bert", "vit is not a causal language model"),
+    ("--model vit", "vit is not a causal language model"),
+    ("--model encoder", "BertLMHeadModel is not causal: its logits depend on later tokens"),
     ("--model gpt2 --max-length 41", "--max-length 41 is beyond the 40 positions of gpt2"),
     ("--model small-vocabulary", "cannot load the tokenizer of small-vocabulary"),
     ("--model short-vocabulary", "and short-vocabulary knows 100: the tokenizer is another's"),
@@ -122,4 +126,4 @@ def test_a_mistake_is_one_line_before_the_work(folder, words, message, monkeypat
     assert main([*argv, "--use-cpu", "true", *words.split()]) in (1, 2)
     error = capsys.readouterr().err.split("rpo-kernels train: error: ")[1]
     assert message in error and "Traceback" not in error
-    assert len(error.strip().splitlines()) <= 2 and not (folder / "out" / "run.json").exists()
+    assert len(error.strip().splitlines()) <= 2 and not (folder / "out" / "metrics.json").exists()

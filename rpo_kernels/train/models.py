@@ -145,6 +145,25 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """RunError if what a model says of a token depends on later ones, as an encoder's does (BERT)."""
+    ids = torch.arange(1, 7, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    others = torch.cat([ids[:, :-1], ids[:, :1]], -1)
+    training = model.training
+    model.eval()
+    try:
+        logits, changed = (model(input_ids=x).logits[:, :-1].float() for x in (ids, others))
+    finally:
+        model.train(training)
+    rounding = 1e-4 if model.dtype in (torch.float32, torch.float64) else 1e-2  # experts round by who else is there
+    if (logits - changed).norm() > rounding * logits.norm():
+        raise RunError(
+            f"{type(base_model(model)).__name__} is not causal: its logits depend on later tokens, so it cannot give a "
+            "response's log-probability"
+        )
+
+
 def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device: its modules and shapes, in a fraction of a second.
 

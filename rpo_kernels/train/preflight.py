@@ -193,9 +193,10 @@ def check_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrai
             raise RunError(str(error)) from error
     models.add_adapter(model, args)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = None if positions is None or positions < 1 else positions  # -1 of XLNet: any number
     if settings.data.max_length is None:
         settings.data.max_length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
-    elif positions and settings.data.max_length > positions:
+    elif positions is not None and settings.data.max_length > positions:
         raise RunError(f"--max-length {settings.data.max_length} is beyond the {positions} positions of {source}")
     vocabulary = config.get_text_config().vocab_size
     for name in ("pad", "bos", "eos"):

@@ -25,7 +25,7 @@ from .dataset import PreferenceDataset, default_cache_dir
 from .errors import NonFiniteError, RunError
 from .identity import run_identity
 from .loss_layer import LossLayer
-from .models import load_config, load_model, load_policy, load_tokenizer
+from .models import check_causal, load_config, load_model, load_policy, load_tokenizer
 from .output import METRICS, OutputDirectory
 from .reference import attach_reference_logps
 from .report import HELD_OUT, NAMES, TRAINING, MetricsFile, ProgressBar, draw_curves, print_table
@@ -137,11 +137,18 @@ def _policy(
     is_main = settings.training.process_index == 0
     if needs_reference and args.ref_model:
         _say(is_main, f"loading the reference {args.ref_model}")
-        attach(load_model(args.ref_model, args.dtype))
+        attach(_ready(settings, load_model(args.ref_model, args.dtype)))
     _say(is_main and not is_demo, f"loading {args.model}")
-    model = demo.model() if is_demo else load_policy(args, output)
+    model = _ready(settings, demo.model() if is_demo else load_policy(args, output))
     if needs_reference and not args.ref_model:
         attach(model, with_adapter=args.adapter == "continue")
+    return model
+
+
+def _ready(settings: Settings, model: PreTrainedModel) -> PreTrainedModel:
+    """The model on its device, where a few tokens show that it is causal."""
+    model.to(settings.training.device)  # type: ignore[arg-type]
+    check_causal(model)
     return model
 
 
@@ -158,7 +165,6 @@ def _batch_form(
 ) -> BatchForm:
     """How the model computes the data, with shared prompts held against separate sequences on the first group."""
     run = settings.run
-    model.to(settings.training.device)  # type: ignore[arg-type]
     try:
         return BatchForm.of(
             model,
