@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ._checks import check_tensor
-from .head.operator import logprobs_and_dropped
+from .head.operator import linear_token_outputs
 from .kernels.interface import TokenOptions
 from .logprobs import token_logprobs
 from .objectives import RPO, Objective
+from .outputs import Asked
 from .preference import PreferenceBatch, RPOOutput
 from .sequences import Layout
 from .shared_rows import take_rows
@@ -148,8 +149,10 @@ def linear_rpo_loss(
         hidden = take_rows("hidden", hidden, rows, labels, shift)
         ref_hidden = None if ref_hidden is None else take_rows("ref_hidden", ref_hidden, rows, labels, shift)
     options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
-    logps, dropped = logprobs_and_dropped(
-        hidden, weight, batch.labels, bias, options, memory_budget, gradient_filter, backend
+    settings: dict[str, Any] = dict(memory_budget=memory_budget, backend=backend)
+    asked = Asked.check(("dropped",) if gradient_filter is not None else ())
+    scored = linear_token_outputs(
+        hidden, weight, batch.labels, bias, options, asked, gradient_filter=gradient_filter, **settings
     )
     ref_token_logps = None
     if ref_hidden is not None:
@@ -164,10 +167,9 @@ def linear_rpo_loss(
                 f"head; got {list(ref_hidden.shape)}"
             )
         with torch.no_grad():
-            ref_token_logps, _ = logprobs_and_dropped(
-                ref_hidden, ref_weight, batch.labels, ref_bias, options, memory_budget, None, backend
-            )
+            ref_token_logps = linear_token_outputs(
+                ref_hidden, ref_weight, batch.labels, ref_bias, options, Asked.check(()), **settings
+            ).logps
     elif ref_weight is not None or ref_bias is not None:
         raise ValueError("ref_weight and ref_bias go with ref_hidden, which was not given")
-    output = batch.loss(logps, ref_logps, backend, ref_token_logps)
-    return output if gradient_filter is None else output._replace(dropped=dropped)
+    return batch.loss(scored.logps, ref_logps, backend, ref_token_logps)._replace(dropped=scored.dropped)

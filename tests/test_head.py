@@ -334,15 +334,16 @@ def test_filter_error_is_bounded_by_the_dropped_mass(backend, backend_device, th
     factors = factors_for(labels)
     values, exact = expected(hidden, weight, bias, labels, factors, **options)
     for budget in (None, 0, "100KB"):
-        logps, dropped = linear_token_logprobs(
+        outputs = linear_token_logprobs(
             *(hidden, weight, labels),
             bias=bias,
             gradient_filter=threshold,
             memory_budget=budget,
-            return_dropped=True,
+            outputs=("dropped",),
             backend=backend,
             **options,
         )
+        logps, dropped = outputs.logps, outputs.dropped
         torch.testing.assert_close(logps.double(), values, rtol=2e-6, atol=5e-6)
         gradients = torch.autograd.grad((logps * factors).sum(), (hidden, weight, bias))
         at_hidden = torch.cat((dropped[:, 1:], dropped[:, :1] * 0), 1) if options.get("shift") else dropped
@@ -360,9 +361,10 @@ def test_filter_error_is_bounded_by_the_dropped_mass(backend, backend_device, th
 def test_dropped_mass_is_the_softmax_on_the_columns_left_out(backend, backend_device, monkeypatch):
     monkeypatch.setattr(plan, "_ACCELERATOR_SHAPE", (64, 256))  # one chunk: a column is out for all rows or for none
     hidden, weight, bias, labels = sparse(backend_device)
-    logps, dropped = linear_token_logprobs(
-        hidden, weight, labels, bias=bias, gradient_filter=2**-7, return_dropped=True, backend=backend
+    outputs = linear_token_logprobs(
+        hidden, weight, labels, bias=bias, gradient_filter=2**-7, outputs=("dropped",), backend=backend
     )
+    logps, dropped = outputs.logps, outputs.dropped
     grad_weight, grad_bias = torch.autograd.grad((logps * factors_for(labels)).sum(), (weight, bias))
     out = (grad_weight == 0).all(-1)
     assert torch.equal(out, grad_bias == 0) and 0 < out.sum() < len(out)
@@ -414,20 +416,21 @@ def test_filter_saves_products(backend, backend_device, monkeypatch, frozen):
 
 
 @pytest.mark.parametrize("gradient_filter", [None, 2**-10])
-def test_opcheck(backend, backend_device, gradient_filter):
+@pytest.mark.parametrize("outputs", [[], ["entropy", "is_top1"]])
+def test_opcheck(backend, backend_device, gradient_filter, outputs):
     hidden, weight, bias, labels = make((2, 6), device=backend_device, bias=True)
     rows = hidden.detach().flatten(0, 1).requires_grad_()
     options = {**TokenOptions(shift=True)._asdict(), "gradient_filter": gradient_filter, "backend": backend}
+    options |= dict(entropy_grad=bool(outputs), outputs=outputs)
     needs = dict(needs_hidden=True, needs_weight=True)
+    forward = {**options, **needs, "memory_budget": 10**6}
     arguments = (rows, weight, bias, labels)
-    torch.library.opcheck(
-        OPS.linear_token_logprobs, arguments, {**options, **needs, "memory_budget": 10**6}, rtol=1e-4, atol=1e-5
-    )
+    torch.library.opcheck(OPS.linear_token_logprobs, arguments, forward, rtol=1e-4, atol=1e-5)
     arguments = tuple(x.detach() for x in arguments)
-    logps, _, *saved = OPS.linear_token_logprobs(*arguments, **options, **needs, memory_budget=10**6)
+    logps, _, entropy, _, *saved = OPS.linear_token_logprobs(*arguments, **forward)
     torch.library.opcheck(
         OPS.linear_token_logprobs_grad,
-        (*arguments, torch.ones_like(logps), saved),
+        (*arguments, torch.ones_like(logps), torch.ones_like(entropy) if outputs else None, saved),
         {**options, **needs, "needs_bias": True},
         rtol=1e-4,
         atol=1e-5,
@@ -515,8 +518,10 @@ def test_nothing_is_kept_without_grad(backend, backend_device):
             *(hidden.flatten(0, 1), weight, None, labels),
             **TokenOptions()._asdict(),
             **dict(needs_hidden=False, needs_weight=False, memory_budget=None, gradient_filter=None, backend=backend),
+            outputs=[],
+            entropy_grad=False,
         )
-    saved = Saved(*outputs[2:])
+    saved = Saved(*outputs[4:])
     assert saved.kept.numel() == saved.unit.numel() == saved.references.numel() == 0
 
 

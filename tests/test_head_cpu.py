@@ -47,10 +47,10 @@ def make(rows, width, vocab, spread=3.0, seed=0):
 def run(hidden, weight, labels, factors, bias=None, **options):
     """Values, dropped mass and the gradients of the tensors."""
     leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
-    logps, dropped = linear_token_logprobs(
-        *leaves[:2], labels, bias=leaves[2] if len(leaves) > 2 else None, return_dropped=True, **options
+    out = linear_token_logprobs(
+        *leaves[:2], labels, bias=leaves[2] if len(leaves) > 2 else None, outputs=("dropped",), **options
     )
-    return logps.detach(), dropped, torch.autograd.grad((logps * factors).sum(), leaves)
+    return out.logps.detach(), out.dropped, torch.autograd.grad((out.logps * factors).sum(), leaves)
 
 
 def expected(hidden, weight, labels, factors, bias=None, **options):

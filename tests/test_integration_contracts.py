@@ -1,7 +1,7 @@
 """Integrations with trainers that are not installed here, against contracts written down from their code.
 
 Each stand-in has the names, parameters and results of the trainer's functions, in plain torch, as they are in
-OpenRLHF 3c3be623, LLaMA-Factory ff6d4d12, ms-swift 3602360a, axolotl 067b021c and NeMo-RL 7ea279ab.
+verl b178a3cd, OpenRLHF 3c3be623, LLaMA-Factory ff6d4d12, ms-swift 3602360a, axolotl 067b021c and NeMo-RL 7ea279ab.
 Nothing here runs the trainers themselves.
 """
 
@@ -80,6 +80,63 @@ def same(ours, theirs, *leaves):
         weight = torch.linspace(-1, 1, a.numel()).view(a.shape) + k
         grads = [torch.autograd.grad((x * weight).sum(), leaves, retain_graph=True) for x in (b, a)]
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+# verl
+
+
+@pytest.fixture
+def verl(install):
+    def logprobs_from_logits(logits, labels, inplace_backward=True):
+        return gather(logits, labels)
+
+    class FusedLinearForPPO(torch.nn.Module):
+        def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+            logits = hidden_states @ vocab_weights.t() / temperature
+            return gather(logits, input_ids), entropy_of(logits)
+
+    utils = install("verl.utils.torch_functional", logprobs_from_logits=logprobs_from_logits)
+    fused = install("verl.utils.experimental.torch_functional", FusedLinearForPPO=FusedLinearForPPO)
+    actor = install("verl.workers.actor.dp_actor", logprobs_from_logits=logprobs_from_logits)  # imported by name
+    return types.SimpleNamespace(utils=utils, fused=fused, actor=actor)
+
+
+def test_verl(verl, fresh):
+    logits, labels = make()
+    hidden = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    weight = torch.randn(VOCAB, 8, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    own = verl.utils.logprobs_from_logits
+    before = verl.fused.FusedLinearForPPO().forward(hidden, weight, labels, temperature=0.7)
+    module = fresh("verl")  # as verl imports its external_lib
+    assert verl.utils.logprobs_from_logits is verl.actor.logprobs_from_logits is module.logprobs_from_logits
+    same(verl.actor.logprobs_from_logits(logits, labels, inplace_backward=False), gather(logits, labels), logits)
+    copy = logits * 1
+    (grad,) = torch.autograd.grad(verl.utils.logprobs_from_logits(copy, labels).sum(), copy)
+    assert grad.data_ptr() == copy.data_ptr()
+    same(verl.fused.FusedLinearForPPO()(hidden, weight, labels, temperature=0.7), before, hidden, weight)
+    flat = verl.fused.FusedLinearForPPO()(hidden.flatten(0, 1), weight, labels.flatten().int(), temperature=0.7)
+    same([x.flatten() for x in before], flat, hidden, weight)
+    module.patch().undo()
+    assert verl.utils.logprobs_from_logits is verl.actor.logprobs_from_logits is own
+
+
+def test_a_version_with_other_signatures_is_refused_and_left_as_it_is(verl, fresh):
+    def logprobs_from_logits(logits, labels, mask, inplace_backward=True):
+        return None
+
+    own = verl.fused.FusedLinearForPPO.forward
+    verl.utils.logprobs_from_logits = logprobs_from_logits
+    with pytest.raises(RuntimeError, match=r"this version of verl is not .* takes \('logits', 'labels', 'mask'"):
+        fresh("verl")
+    assert verl.fused.FusedLinearForPPO.forward is own and verl.utils.logprobs_from_logits is logprobs_from_logits
+
+
+def test_patching_twice_and_undoing_once(verl, fresh):
+    own = verl.fused.FusedLinearForPPO.forward
+    module = fresh("verl")
+    with module.patch(memory_budget="1MB"), module.patch():
+        assert verl.fused.FusedLinearForPPO.forward is not own
+    assert verl.fused.FusedLinearForPPO.forward is own
 
 
 def test_trainers_that_are_not_installed_are_named(fresh):

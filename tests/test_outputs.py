@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rpo_kernels import TokenOutputs, token_logprobs
+from rpo_kernels import TokenOutputs, linear_token_logprobs, token_logprobs
+from rpo_kernels.head import gemm, plan
 
 # Triton's interpreter computes in NumPy, which warns where exponentials overflow as intended.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -165,3 +166,184 @@ def test_compiled_without_graph_breaks():
         value.backward()
         results.append((value.detach(), leaf.grad))
     torch.testing.assert_close(results[0], results[1])
+
+
+# The head.
+
+
+def make_head(shape=(2, 9), width=24, vocab=1500, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = (2 * torch.randn(*shape, width, generator=generator)).to(dtype)
+    weight = (torch.randn(vocab, width, generator=generator) * width**-0.5 * 2).to(dtype)
+    labels = torch.randint(vocab, shape, generator=generator)
+    likely = (hidden.double() @ weight.double().T).argmax(-1)
+    labels[:, 1::3] = likely[:, 1::3]
+    labels[0, 4] = -100
+    leaves = [x.to(device).requires_grad_() for x in (hidden, weight)]
+    return *leaves, labels.to(device)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several chunks and tiles of small inputs."""
+    monkeypatch.setattr(plan, "_SHAPES", {"cpu": (8, 512)})
+    monkeypatch.setattr(plan, "_ACCELERATOR_SHAPE", (8, 512))
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Multiply-adds of all products, as a list that grows."""
+    counted = []
+
+    def counting(own):
+        def product(*tensors):
+            left, right = tensors[-2:] if own is gemm.add_matmul else tensors[:2]
+            counted.append(left.shape[0] * left.shape[1] * right.shape[1])
+            return own(*tensors)
+
+        return product
+
+    for name in ("matmul", "add_matmul"):
+        monkeypatch.setattr(gemm, name, counting(getattr(gemm, name)))
+    return counted
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("budget", ["1MB", "200KB"])
+def test_head_values_and_gradients(backend, backend_device, small_tiles, budget, options):
+    hidden, weight, labels = make_head(device=backend_device)
+    exact = expected(hidden.double() @ weight.double().T, labels, **options)
+    out = linear_token_logprobs(
+        hidden, weight, labels, outputs=STATISTICS, memory_budget=budget, backend=backend, **options
+    )
+    assert isinstance(out, TokenOutputs) and out.dropped is None
+    for name, value in exact.items():
+        found = getattr(out, name)
+        assert found.dtype == torch.float32 and found.requires_grad == (name in ("logps", "entropy"))
+        torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    c, e = slopes(labels)
+    for of_logps, of_entropy in [(c, e), (c * 0, e), (1e-6 * c, 1e6 * e), (c, e * 0)]:
+        found, wanted = (
+            torch.autograd.grad(
+                (o["logps"] * of_logps).sum() + (o["entropy"] * of_entropy).sum(), (hidden, weight), retain_graph=True
+            )
+            for o in (out._asdict(), exact)
+        )
+        for a, b in zip(found, wanted):
+            assert (a.double() - b.double()).norm() <= 1e-5 * b.double().norm()
+    only = torch.autograd.grad((out.entropy * e).sum(), (hidden, weight), retain_graph=True)
+    wanted = torch.autograd.grad((exact["entropy"] * e).sum(), (hidden, weight))
+    torch.testing.assert_close(only, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient_filter", [None, 2**-9])
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_head_outputs_do_not_change_values_or_gradients(
+    backend, backend_device, small_tiles, gradient_filter, entropy_grad
+):
+    hidden, weight, labels = make_head(device=backend_device)
+    options = dict(gradient_filter=gradient_filter, memory_budget="1MB", backend=backend)
+    plain = linear_token_logprobs(hidden, weight, labels, **options)
+    out = linear_token_logprobs(
+        hidden, weight, labels, outputs=(*STATISTICS, "dropped"), entropy_grad=entropy_grad, **options
+    )
+    assert out.entropy.requires_grad == entropy_grad
+    assert (out.dropped > 0).any() == (gradient_filter is not None)
+    torch.testing.assert_close(out.logps, plain, rtol=0, atol=0 if not entropy_grad else 4e-6)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (out.logps, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_entropy_with_a_filter_is_off_by_little(backend, backend_device, small_tiles):
+    """The columns left out weigh at most their share of p |log p + entropy|."""
+    hidden, weight, labels = make_head(device=backend_device)
+    exact = expected(hidden.double() @ weight.double().T, labels)["entropy"].sum()
+    out = linear_token_logprobs(
+        hidden, weight, labels, outputs=["entropy", "dropped"], gradient_filter=2**-13, backend=backend
+    )
+    assert (out.dropped > 0).any()
+    found, wanted = (torch.autograd.grad(x, (hidden, weight)) for x in (out.entropy.sum(), exact))
+    for a, b in zip(found, wanted):
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        assert 1e-6 < error < 0.02
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("outputs", "entropy_grad", "more"), [((), True, 0), (STATISTICS, False, 0), (["entropy"], True, 1)]
+)
+def test_head_gemms(backend, backend_device, small_tiles, products, frozen, outputs, entropy_grad, more):
+    hidden, weight, labels = make_head(shape=(1, 32), width=16, vocab=2048, device=backend_device)
+    labels[labels == -100] = 5
+    weight.requires_grad_(not frozen)
+    out = linear_token_logprobs(
+        hidden, weight, labels, outputs=outputs, entropy_grad=entropy_grad, memory_budget="100MB", backend=backend
+    )
+    loss = out.logps.sum() + out.entropy.sum() * entropy_grad if outputs else out.sum()
+    loss.backward()
+    assert sum(products) == (3 - frozen + more) * 32 * 16 * 2048
+
+
+def test_without_gradients_nothing_is_kept(backend, backend_device, small_tiles, products):
+    hidden, weight, labels = make_head(device=backend_device)
+    with torch.no_grad():
+        out = linear_token_logprobs(hidden, weight, labels, outputs=STATISTICS, backend=backend)
+    assert not out.entropy.requires_grad
+    assert sum(products) == int((labels != -100).sum()) * weight.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_head_in_half_precision(backend, backend_device, small_tiles, dtype):
+    hidden, weight, labels = make_head(dtype=dtype, device=backend_device)
+    exact = expected(hidden.double() @ weight.double().T, labels)
+    out = linear_token_logprobs(hidden, weight, labels, outputs=STATISTICS, backend=backend)
+    assert out.entropy.dtype == torch.float32
+    c, e = slopes(labels)
+    found, wanted = (
+        torch.autograd.grad(
+            (o["logps"] * c).sum() + (o["entropy"] * 1e-7 * e).sum(), (hidden, weight), retain_graph=True
+        )
+        for o in (out._asdict(), exact)
+    )
+    for a, b in zip(found, wanted):
+        assert (a.double() - b.double()).norm() <= 0.02 * b.double().norm()
+    found, wanted = (
+        torch.autograd.grad((1e-7 * o["entropy"] * e).sum() * 2**20, (hidden, weight)) for o in (out._asdict(), exact)
+    )
+    for a, b in zip(found, wanted):
+        assert (a.double() - b.double()).norm() <= 0.02 * b.double().norm()
+
+
+def test_head_in_float64(small_tiles):
+    hidden, weight, labels = make_head(shape=(1, 5), width=3, vocab=9, dtype=torch.float64)
+    for options in OPTIONS:
+        exact = expected(hidden @ weight.T, labels, **options)
+        out = linear_token_logprobs(hidden, weight, labels, outputs=STATISTICS, **options)
+        for name, value in exact.items():
+            torch.testing.assert_close(getattr(out, name), value, rtol=0, atol=1e-10)
+    torch.autograd.gradcheck(
+        lambda h, w: linear_token_logprobs(h, w, labels[:, :3], outputs=["entropy"])[:2],
+        (hidden[:, :3].detach().requires_grad_(), weight),
+    )
+
+
+def test_head_compiled_without_graph_breaks():
+    hidden, weight, labels = make_head(vocab=64)
+
+    def loss(hidden, weight):
+        out = linear_token_logprobs(hidden, weight, labels, outputs=("entropy", "mean_logit"), memory_budget="1MB")
+        return out.logps.sum() - 0.1 * out.entropy.sum() + out.mean_logit.sum()
+
+    results = [
+        torch.autograd.grad(function(hidden, weight), (hidden, weight))
+        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_nothing_scored(backend, backend_device):
+    hidden, weight, labels = make_head(device=backend_device)
+    out = linear_token_logprobs(hidden, weight, labels.fill_(-100), outputs=STATISTICS, backend=backend)
+    assert all(value.eq(0).all() for value in out if value is not None)
+    gradients = torch.autograd.grad(out.logps.sum() + out.entropy.sum(), (hidden, weight))
+    assert all(gradient.eq(0).all() for gradient in gradients)

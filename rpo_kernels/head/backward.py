@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.interface import KeptTiles, RowStats
+from ..kernels.interface import EntropyGrad, KeptTiles, RowStats
 from . import gemm
 from .plan import DENSE_SHARE
 from .schedule import Needs, Saved, Schedule, spans
@@ -19,15 +19,16 @@ from .tiles import Head, Scratch
 
 
 def backward(
-    head: Head, saved: Saved, labels: Tensor, grad_logps: Tensor, needs: Needs
+    head: Head, saved: Saved, labels: Tensor, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the hidden states, the weight and the bias; empty where not needed."""
-    factor = grad_logps.flatten()[saved.positions]
+    loss = _Loss.of_rows(saved, grad_logps, grad_entropy)
+    factor = loss.factor
     sums = saved.unit
     grad_weight = torch.empty_like(head.weight) if needs.weight else head.weight.new_empty(0)
     grad_bias = head.weight.new_empty(len(head.weight)) if needs.bias else head.weight.new_empty(0)
-    if needs.weight or needs.bias or needs.filtered:
-        walk = _Walk(head, saved, labels, factor, needs)
+    if needs.weight or needs.bias or needs.deferred:
+        walk = _Walk(head, saved, labels, loss, needs)
         walk.run(grad_weight, grad_bias)
         sums = saved.unit if walk.sums is None else walk.sums
         del walk
@@ -38,6 +39,31 @@ def backward(
     for span in Schedule.load(saved.schedule).chunks:
         grad_hidden.index_copy_(0, index[span], (sums[span] * factor[span, None]).to(grad_hidden.dtype))
     return grad_hidden, grad_weight, grad_bias
+
+
+class _Loss(NamedTuple):
+    """How the loss depends on the rows: `factor` times what `logp` and `entropy` say, so that half-precision U keeps
+    its accuracy whatever the loss's scale."""
+
+    factor: Tensor  # [N], of a row of U
+    logp: Tensor  # [N]: dL/dlogp / factor
+    entropy: EntropyGrad | None = None  # [N] each: dL/dentropy / factor
+
+    @classmethod
+    def of_rows(cls, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None) -> "_Loss":
+        """From the gradients of all positions."""
+        of_logp = grad_logps.flatten()[saved.positions]
+        if grad_entropy is None:
+            return cls(of_logp, torch.ones_like(of_logp))
+        of_entropy = grad_entropy.flatten()[saved.positions]
+        factor = torch.maximum(of_logp.abs(), of_entropy.abs())
+        factor = torch.where(factor > 0, factor, 1)
+        return cls(factor, of_logp / factor, EntropyGrad(saved.stats[4], of_entropy / factor))
+
+    def row_grad(self, rows: slice) -> tuple[Tensor, EntropyGrad | None]:
+        """What `row_grad` takes of these rows."""
+        entropy = None if self.entropy is None else EntropyGrad(*(x[None, rows] for x in self.entropy))
+        return self.logp[None, rows], entropy
 
 
 class _Piece(NamedTuple):
@@ -54,8 +80,8 @@ class _Walk:
     """The tiles one after another, and of each the rows: all at once where its P is read as it was kept, else chunk by
     chunk."""
 
-    def __init__(self, head: Head, saved: Saved, labels: Tensor, loss_factor: Tensor, needs: Needs):
-        self.head, self.scales, self.loss_factor = head, saved.references, loss_factor
+    def __init__(self, head: Head, saved: Saved, labels: Tensor, loss: _Loss, needs: Needs):
+        self.head, self.scales, self.loss = head, saved.references, loss
         self.schedule = schedule = Schedule.load(saved.schedule)
         everything = slice(0, schedule.rows)
         self.kept = KeptTiles(saved.kept, schedule.rows, schedule.vocab, schedule.tile, schedule.kept_tiles, everything)
@@ -65,7 +91,7 @@ class _Walk:
         self.stats = saved.stats
         self.filter = _Active(saved.active, schedule, self.labels) if needs.filtered else None
         self.sums: Tensor | None = None
-        if needs.filtered and needs.hidden:
+        if needs.deferred and needs.hidden:
             self.sums = self.hidden.new_zeros(self.hidden.shape, dtype=head.exact_dtype)
 
     def run(self, grad_weight: Tensor, grad_bias: Tensor) -> None:
@@ -92,7 +118,7 @@ class _Walk:
 
     def _of_kept(self, tile: int) -> Iterator[_Piece]:
         probabilities = self.kept.tile(tile)
-        factor = -self.scales[tile] * self.loss_factor
+        factor = -self.scales[tile] * self.loss.factor
         for rows in (
             self.schedule.chunks if self.scratch.converts else spans(self.schedule.rows, max(1, self.schedule.rows))
         ):
@@ -112,12 +138,11 @@ class _Walk:
             weight = self.scratch.load(columns, chosen)
             logits = self.scratch.logits(self.hidden[rows], weight, columns, chosen)
             unit = self.scratch.unit(*logits.shape)
-            stats = RowStats(*self.stats[:, None, rows])
-            ones = torch.ones_like(stats.max)
-            self.head.kernels.row_grad(
-                logits[None], labels[None], stats, ones, self.head.row_options, first, unit[None]
-            )
-            yield _Piece(unit, rows, self.loss_factor, weight, chosen)
+            stats = RowStats(*self.stats[:4, None, rows])
+            of_logp, entropy = self.loss.row_grad(rows)
+            arguments = (logits[None], labels[None], stats, of_logp, self.head.row_options, first, unit[None])
+            self.head.kernels.row_grad(*arguments, entropy=entropy)
+            yield _Piece(unit, rows, self.loss.factor, weight, chosen)
 
 
 class _ScaledRows:

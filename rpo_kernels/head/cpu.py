@@ -93,7 +93,7 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
         if marks is not None:
             dropped[span] = chunk.dropped_mass(stats[2, span])
         del chunk
-    return Forward(stats[0].clone(), dropped, saved)
+    return Forward(stats[0].clone(), dropped, saved, stats.new_empty(0, count))
 
 
 class _Work:
@@ -223,7 +223,7 @@ def _unpacked(gradient: Tensor, rows: int, width: int) -> Tensor:
 
 
 def backward(
-    head: Head, saved: Saved, labels: Tensor, grad_logps: Tensor, needs: Needs
+    head: Head, saved: Saved, labels: Tensor, grad_logps: Tensor, grad_entropy: None, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states `[M, H]`, weight `[V, H]` and bias `[V]`; empty where not needed."""
     walk = _Backward(head, saved, labels, grad_logps, needs)

@@ -20,40 +20,55 @@ from .tiles import Head, Scratch
 def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
     """Log-probabilities of the scored rows, the gradient mass that the filter leaves out, and what to save."""
     count, (vocab, width) = len(rows.positions), head.weight.shape
-    kept_tiles = plan.kept_tiles if needs.weight and not needs.filtered else 0
+    kept_tiles = plan.kept_tiles if needs.weight and not needs.deferred else 0
     schedule = Schedule(count, vocab, plan.chunk_rows, plan.tile_columns, kept_tiles)
     layout = (count, vocab, plan.tile_columns, kept_tiles)
     kept = KeptTiles(head.hidden.new_empty(KeptTiles.size(*layout)), *layout, slice(0, count))
     kept.clear_padding()
     exact = head.exact_dtype
-    stats = head.hidden.new_zeros(4, count, dtype=exact)
+    stats = head.hidden.new_zeros(4 + needs.entropy, count, dtype=exact)
+    outputs = head.hidden.new_zeros(len(needs.outputs), count, dtype=exact)
     scales = head.hidden.new_empty(kept_tiles, count, dtype=exact)
-    unit = head.hidden.new_empty(count if needs.hidden and not needs.filtered else 0, width, dtype=exact)
+    unit = head.hidden.new_empty(count if needs.hidden and not needs.deferred else 0, width, dtype=exact)
     active = head.label_mask(rows, schedule if needs.filtered else None)
     dropped = head.hidden.new_zeros(count, dtype=exact)
 
     scratch = Scratch(head, schedule)
     for number, span in enumerate(schedule.chunks):
-        chunk = _Chunk(head, schedule, scratch, rows, span, stats)
+        chunk = _Chunk(head, schedule, scratch, rows, span, stats, needs.outputs)
         if needs.filtered and needs.threshold is not None:
             chunk.mark(active[number], needs.threshold, dropped[span])
         elif len(unit):
             chunk.differentiate(kept, scales, unit[span])
         else:
             chunk.differentiate(kept, scales, None)
+        for output, name in zip(outputs[:, span], needs.outputs):
+            output.copy_(chunk.output(name))
+    if needs.entropy:
+        stats[4] = outputs[needs.outputs.index("entropy")]
     saved = Saved(rows.positions, stats, scales, unit, kept.memory, active.flatten(), schedule.dump())
-    return Forward(stats[0].clone(), dropped, saved)
+    return Forward(stats[0].clone(), dropped, saved, outputs)
 
 
 class _Chunk:
     """One chunk of rows on its walk over the vocabulary."""
 
-    def __init__(self, head: Head, schedule: Schedule, scratch: Scratch, rows: Rows, span: slice, stats: Tensor):
-        self.head, self.schedule, self.scratch, self.span = head, schedule, scratch, span
+    def __init__(
+        self,
+        head: Head,
+        schedule: Schedule,
+        scratch: Scratch,
+        rows: Rows,
+        span: slice,
+        stats: Tensor,
+        outputs: tuple[str, ...],
+    ):
+        self.head, self.schedule, self.scratch, self.span, self.outputs = head, schedule, scratch, span, outputs
         self.hidden = head.gather(rows.positions[span])
         self.labels = rows.labels[span]
         # The softmax before the first column.
-        self.stats = RowStats(*stats[:, None, span])
+        self.stats = RowStats(*stats[:4, None, span])
+        self.watched: RowStats | None = None  # what outputs take, by a pass over each tile of its own
         self.stats.max.fill_(-torch.inf)
         self.stats.label_logit.fill_(-torch.inf)
 
@@ -65,9 +80,11 @@ class _Chunk:
         for tile, columns in enumerate(self.schedule.tiles):
             weight = self.scratch.load(columns)
             logits = self.scratch.logits(self.hidden, weight, columns)
+            self._watch(logits, columns.start)
             keeps = tile < kept.tiles
             if not keeps and sums is None:
-                head.kernels.row_stats(logits[None], self.labels[None], options, columns.start, self.stats)
+                if self.watched is None:
+                    head.kernels.row_stats(logits[None], self.labels[None], options, columns.start, self.stats)
                 continue
             in_kept = keeps and kept.memory.dtype == head.operand_dtype
             out = kept.tile(tile) if in_kept else self.scratch.unit(*logits.shape)
@@ -80,6 +97,9 @@ class _Chunk:
                 gemm.matmul(out, weight, sums)
             elif sums is not None:
                 gemm.add_matmul(sums, out, weight)
+        if self.watched is not None and not kept.tiles and sums is None:
+            for state, value in zip(self.stats[:4], self.watched[:4]):
+                state.copy_(value)
         if kept.tiles or sums is not None:
             of_rows = scales[:, self.span]
             head.softmax.finish(self.stats, self.labels, options, of_rows, sums, head.weight, kept)
@@ -91,8 +111,19 @@ class _Chunk:
         self.stats.max[0] = label_logits
         for columns in self.schedule.tiles:
             logits = self.scratch.logits(self.hidden, self.scratch.load(columns), columns)
+            self._watch(logits, columns.start)
             mask = ActiveColumns(active[columns], threshold)
             arguments = (self.labels, self.stats, columns.start, options, label_logits, mask, dropped)
             head.softmax.mark(logits, *arguments)
         write_logp(self.stats)
         dropped.div_(self.stats.sumexp[0])
+
+    def output(self, name: str) -> Tensor:
+        """One of the outputs asked for, `[n]`, after the last tile."""
+        assert self.watched is not None
+        return self.watched.output(name, self.schedule.vocab)[0]
+
+    def _watch(self, logits: Tensor, first_column: int) -> None:
+        if self.outputs:
+            arguments = (logits[None], self.labels[None], self.head.row_options, first_column, self.watched)
+            self.watched = self.head.kernels.row_stats(*arguments, self.outputs)

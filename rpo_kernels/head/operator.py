@@ -1,5 +1,6 @@
 """Head level: log-probabilities from hidden states and the LM head's weight, as a differentiable torch operator."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from .._registration import TOKEN_OPTIONS, register
 from ..kernels.dispatch import check_backend
 from ..kernels.interface import TokenOptions
 from ..logprobs import check_label_range
+from ..outputs import Asked, TokenOutputs, pack_empty
 from ..shared_rows import take_rows
 from .plan import memory_plan, parse_budget
 from .schedule import Needs, Saved, find_rows
@@ -34,7 +36,8 @@ def linear_token_logprobs(
     shift: bool = False,
     memory_budget: int | str | None = None,
     gradient_filter: float | None = None,
-    return_dropped: bool = False,
+    outputs: Sequence[str] = (),
+    entropy_grad: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """`token_logprobs(hidden @ weight.T + bias, labels, ...)` without ever holding the logits.
@@ -58,14 +61,17 @@ def linear_token_logprobs(
         gradient_filter: leave columns of the vocabulary out of the gradients of a chunk of rows if
             `|dlogp / dlogit|` is at most this in all its rows, for example `2**-16`; None is exact. Values are exact
             either way. On an accelerator the host then waits for every tile.
-        return_dropped: also return how much the filter left out.
+        outputs: names of what else to return, any of `"entropy"`, `"mean_logit"`, `"is_top1"`, `"log_sum_sq_probs"`
+            and `"dropped"`, from the same logits.
+        entropy_grad: whether the entropy may be differentiated. It takes one head GEMM more than without (none with a
+            filter) and keeps nothing for backward; an entropy that is only logged is had for nothing with False.
 
     Returns:
         Natural log-probabilities of the labels' shape, float32 (float64 for float64 inputs); 0 where not scored.
-        Differentiable once in hidden, weight and bias. With `return_dropped`, a pair: beside them, for each position
-        the sum of `|dlogp / dlogit|` over the columns left out (the softmax's mass on them, without a transform), so
-        that the error in the position's hidden gradient is at most this, times its `|dL/dlogp|`, times the largest
-        norm of a row of the weight.
+        Differentiable once in hidden, weight and bias. With `outputs`, a `TokenOutputs` that holds them as `logps`
+        beside what was asked for. Its `dropped` is, for each position, at least the sum of `|dlogp / dlogit|` over the
+        columns left out (the softmax's mass on them, without a transform), so that the error in the position's hidden
+        gradient is at most this, times its `|dL/dlogp|`, times the largest norm of a row of the weight.
 
     Raises:
         ValueError: for shapes, dtypes, devices, options or a budget that do not fit. Labels out of range as in
@@ -74,21 +80,31 @@ def linear_token_logprobs(
     if rows is not None:
         hidden = take_rows("hidden", hidden, rows, labels, shift)
     options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
-    result = logprobs_and_dropped(hidden, weight, labels, bias, options, memory_budget, gradient_filter, backend)
-    return result if return_dropped else result[0]  # type: ignore[return-value]
+    asked = Asked.check(outputs)
+    result = linear_token_outputs(
+        *(hidden, weight, labels, bias, options, asked),
+        entropy_grad=entropy_grad,
+        memory_budget=memory_budget,
+        gradient_filter=gradient_filter,
+        backend=backend,
+    )
+    return result if outputs else result.logps  # type: ignore[return-value]
 
 
-def logprobs_and_dropped(
+def linear_token_outputs(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     options: TokenOptions,
-    memory_budget: int | str | None,
-    gradient_filter: float | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """`linear_token_logprobs` and what the filter left out."""
+    asked: Asked,
+    *,
+    entropy_grad: bool = False,
+    memory_budget: int | str | None = None,
+    gradient_filter: float | None = None,
+    backend: str | None = None,
+) -> TokenOutputs:
+    """`linear_token_logprobs` with its outputs."""
     options.check()
     _check_types(hidden, weight, bias, labels, backend)
     if torch.is_autocast_enabled(hidden.device.type):
@@ -99,7 +115,7 @@ def logprobs_and_dropped(
         raise ValueError(f"gradient_filter must be a number of at least 0, or None; got {gradient_filter!r}")
     budget = None if memory_budget is None else parse_budget(memory_budget, hidden.device)
     grad = torch.is_grad_enabled()
-    logps, dropped, *_ = torch.ops.rpo_kernels.linear_token_logprobs(
+    logps, dropped, entropy, others, *_ = torch.ops.rpo_kernels.linear_token_logprobs(
         hidden.flatten(0, -2),
         weight,
         bias,
@@ -109,9 +125,11 @@ def logprobs_and_dropped(
         needs_weight=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
         memory_budget=budget,
         gradient_filter=gradient_filter,
+        outputs=asked.statistics,
+        entropy_grad=entropy_grad,
         backend=backend,
     )
-    return logps.reshape(labels.shape), dropped.reshape(labels.shape)
+    return asked.unpack(logps.reshape(labels.shape), entropy, others, dropped)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -154,6 +172,8 @@ def _forward(
     needs_weight: bool,
     memory_budget: int | None,
     gradient_filter: float | None,
+    outputs: Sequence[str],
+    entropy_grad: bool,
     backend: str | None,
     **options: Any,
 ) -> tuple[Tensor, ...]:
@@ -161,7 +181,14 @@ def _forward(
     check_label_range(labels, vocab, options["ignore_index"])
     rows = find_rows(labels, TokenOptions(**options))
     head = Head(hidden, weight, bias, TokenOptions(**options), backend)
-    needs = Needs(needs_hidden, needs_weight, threshold=gradient_filter if needs_hidden or needs_weight else None)
+    differentiable = needs_hidden or needs_weight
+    needs = Needs(
+        needs_hidden,
+        needs_weight,
+        threshold=gradient_filter if differentiable else None,
+        outputs=tuple(outputs),
+        entropy=entropy_grad and differentiable and "entropy" in outputs,
+    )
     plan = memory_plan(
         len(rows.positions),
         width,
@@ -173,15 +200,21 @@ def _forward(
         memory_budget=memory_budget,
         gradient_filter=needs.threshold,
         softcap=options["softcap"],
+        outputs=outputs,
+        entropy_grad=entropy_grad,
         device=hidden.device,
         backend=head.backend_name,
     )
-    logps, dropped, saved = walk_for(head, needs).forward(head, rows, plan, needs)
-    results = []
-    for scored in (logps, dropped):
-        result = scored.new_zeros(labels.numel())
-        results.append(result.index_copy_(0, rows.positions, scored).view(labels.shape))
-    return *results, *saved
+    result = walk_for(head, needs).forward(head, rows, plan, needs)
+
+    def of_positions(scored: Tensor) -> Tensor:
+        return scored.new_zeros(labels.numel()).index_copy_(0, rows.positions, scored).view(labels.shape)
+
+    logps, dropped = of_positions(result.logps), of_positions(result.dropped)
+    values = dict(zip(outputs, map(of_positions, result.outputs), strict=True))
+    entropy = values.pop("entropy", logps.new_empty(0))
+    others = torch.stack([*values.values()]) if values else logps.new_empty(0)
+    return logps, dropped, entropy, others, *result.saved
 
 
 def _grad(
@@ -190,29 +223,35 @@ def _grad(
     bias: Tensor | None,
     labels: Tensor,
     grad_logps: Tensor,
+    grad_entropy: Tensor | None,
     saved: list[Tensor],
     *,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
     gradient_filter: float | None,
+    outputs: Sequence[str],
+    entropy_grad: bool,
     backend: str | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(hidden, weight, bias, TokenOptions(**options), backend)
-    needs = Needs(needs_hidden, needs_weight, needs_bias, gradient_filter)
-    return walk_for(head, needs).backward(head, Saved(*saved), labels, grad_logps, needs)
+    has_entropy = entropy_grad and "entropy" in outputs
+    needs = Needs(needs_hidden, needs_weight, needs_bias, gradient_filter, tuple(outputs), has_entropy)
+    return walk_for(head, needs).backward(head, Saved(*saved), labels, grad_logps, grad_entropy, needs)
 
 
 def _fake_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, needs_hidden: bool, **_: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, outputs: Sequence[str], **_: Any
 ) -> tuple[Tensor, ...]:
     exact = torch.promote_types(hidden.dtype, torch.float32)
     size = torch.library.get_ctx().new_dynamic_size
     rows = size()
+    logps = labels.new_empty(labels.shape, dtype=exact)
     return (
-        labels.new_empty(labels.shape, dtype=exact),
-        labels.new_empty(labels.shape, dtype=exact),
+        logps,
+        torch.empty_like(logps),
+        *pack_empty(logps, outputs),
         *Saved(
             positions=labels.new_empty(rows, dtype=torch.int64),
             stats=hidden.new_empty(size(), rows, dtype=exact),
@@ -244,20 +283,24 @@ def _fake_grad(
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
 ) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros the size of what is kept
-    ctx.save_for_backward(*inputs, *output[2:])
+    _, dropped, entropy, others, *saved = output
     not_read = ("needs_hidden", "needs_weight", "memory_budget")
     ctx.options = {name: value for name, value in keyword_only_inputs.items() if name not in not_read}
+    has_entropy = ctx.options["entropy_grad"] and "entropy" in ctx.options["outputs"]
+    ctx.mark_non_differentiable(dropped, others, *saved, *(() if has_entropy else (entropy,)))
+    ctx.set_materialize_grads(False)  # no zeros the size of what is kept
+    ctx.save_for_backward(*inputs, *saved)
 
 
-def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_logps: Tensor | None, _dropped: None, grad_entropy: Tensor | None, *_: Any) -> tuple:
     if grad_logps is None:
-        return None, None, None, None
+        if grad_entropy is None:
+            return None, None, None, None
+        grad_logps = torch.zeros_like(grad_entropy)
     hidden, weight, bias, labels, *saved = ctx.saved_tensors
     needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
     gradients = torch.ops.rpo_kernels.linear_token_logprobs_grad(
-        *(hidden, weight, bias, labels, grad_logps, saved),
+        *(hidden, weight, bias, labels, grad_logps, grad_entropy, saved),
         **ctx.options,
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
@@ -268,15 +311,17 @@ def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | No
 
 register(
     f"linear_token_logprobs({_HEAD}, *, {TOKEN_OPTIONS}, bool needs_hidden, bool needs_weight, int? memory_budget, "
-    f"float? gradient_filter, str? backend) -> (Tensor logps, Tensor dropped, {', '.join(_SAVED)})",
+    "float? gradient_filter, str[] outputs, bool entropy_grad, str? backend)"
+    f" -> (Tensor logps, Tensor dropped, Tensor entropy, Tensor others, {', '.join(_SAVED)})",
     _forward,
     _fake_forward,
     backward=_backward,
     setup_context=_setup_context,
 )
 register(
-    f"linear_token_logprobs_grad({_HEAD}, Tensor grad_logps, Tensor[] saved, *, {TOKEN_OPTIONS}, bool needs_hidden, "
-    "bool needs_weight, bool needs_bias, float? gradient_filter, str? backend)"
+    f"linear_token_logprobs_grad({_HEAD}, Tensor grad_logps, Tensor? grad_entropy, Tensor[] saved, *, {TOKEN_OPTIONS}, "
+    "bool needs_hidden, bool needs_weight, bool needs_bias, float? gradient_filter, str[] outputs, "
+    "bool entropy_grad, str? backend)"
     " -> (Tensor hidden, Tensor weight, Tensor bias)",
     _grad,
     _fake_grad,

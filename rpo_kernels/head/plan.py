@@ -6,6 +6,7 @@ Pure arithmetic: the walk carries out what is planned here, and the command line
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def memory_plan(
     memory_budget: int | str | None = None,
     gradient_filter: float | None = None,
     softcap: float | None = None,
+    outputs: Sequence[str] = (),
+    entropy_grad: bool = True,
     device: torch.device | str = "cpu",
     backend: str | None = None,
 ) -> MemoryPlan:
@@ -87,6 +90,7 @@ def memory_plan(
             bounds `peak_bytes`. A budget below the least that the work needs gives a plan within an eighth of that
             least: smaller tiles would cost much time for little memory.
         gradient_filter, softcap: as in `linear_token_logprobs`; only whether there is one is read.
+        outputs, entropy_grad: as in `linear_token_logprobs`.
         device: where the work runs.
         backend: `"torch"` counts the copies of a tile that the torch reference makes and the other backends do not.
 
@@ -104,9 +108,12 @@ def memory_plan(
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     budget = parse_budget(memory_budget, device)
     sizes = rows, rows if positions is None else positions, hidden, vocab
-    needs = needs_hidden, needs_weight, gradient_filter is not None
+    # A filter and the entropy's gradient leave all to backward.
+    of_entropy = entropy_grad and "entropy" in outputs
+    defers = gradient_filter is not None or (of_entropy and (needs_hidden or needs_weight))
+    needs = needs_hidden, needs_weight, defers
     work: CpuWork | _Work
-    if native_head.serves(device.type, dtype, backend):
+    if not outputs and native_head.serves(device.type, dtype, backend):
         work = CpuWork(*sizes, *needs)
         chunk, tile = work.shape(budget)
     else:
@@ -125,7 +132,7 @@ def memory_plan(
     if needs_weight and work.may_keep:
         kept = next(n for n in range(tiles, -1, -1) if n == 0 or work.peak_bytes(chunk, tile, n) <= budget)
     recomputed = (1 - min(1.0, kept * tile / vocab)) * needs_weight
-    if gradient_filter is not None:
+    if defers:
         recomputed = float(needs_hidden or needs_weight)
     return MemoryPlan(
         chunk_rows=chunk,

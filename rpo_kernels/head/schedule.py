@@ -31,11 +31,19 @@ class Needs(NamedTuple):
     weight: bool
     bias: bool = False  # forward keeps for the bias what it keeps for the weight
     threshold: float | None = None  # of the gradient filter; None is exact
+    outputs: tuple[str, ...] = ()  # of `kernels.interface.OUTPUT_FIELDS`
+    entropy: bool = False  # whether the entropy may have a gradient
 
     @property
     def filtered(self) -> bool:
         """Whether backward computes some columns only, and all that it needs of them."""
         return self.threshold is not None and (self.hidden or self.weight or self.bias)
+
+    @property
+    def deferred(self) -> bool:
+        """Whether forward keeps no gradient, and backward computes all logits that it needs again: for a filter, and
+        for the entropy, whose gradient differs from the log-probability's by more than a factor of each row."""
+        return self.filtered or (self.entropy and (self.hidden or self.weight or self.bias))
 
 
 class Schedule:
@@ -62,7 +70,7 @@ class Saved(NamedTuple):
     """What forward leaves for backward, as outputs of the operator; a walk may leave any of them empty."""
 
     positions: Tensor  # [N] int64
-    stats: Tensor  # [4, N]: logp, a reference r, sum of exp(z - r), label's logit
+    stats: Tensor  # [4, N]: logp, a reference r, sum of exp(z - r), label's logit; then entropy, if differentiable
     references: Tensor  # [kept tiles, N]: the scale that makes the kept P, times -1, dlogp/dlogit
     unit: Tensor  # [N, H]: dlogp/dhidden, not rounded; or [0, H]
     kept: Tensor  # flat: P of the kept tiles
@@ -76,6 +84,7 @@ class Forward(NamedTuple):
     logps: Tensor  # [N]
     dropped: Tensor  # [N]: a bound of the gradient mass that the filter leaves out
     saved: Saved
+    outputs: Tensor  # [outputs, N], in the order of `Needs.outputs`
 
 
 def spans(total: int, step: int) -> list[slice]:

@@ -17,7 +17,8 @@ class Walk(NamedTuple):
     """One way to go from hidden states to log-probabilities and back.
 
     forward(head, rows, plan, needs) gives the scored rows' results and what backward reads. backward(head, saved,
-    labels, grad_logps, needs) gives the gradients of the hidden states, weight and bias; empty where not needed.
+    labels, grad_logps, grad_entropy, needs) gives the gradients of the hidden states, weight and bias; empty where not
+    needed.
     """
 
     forward: Callable[..., Forward]
@@ -26,6 +27,7 @@ class Walk(NamedTuple):
 
 def walk_for(head: Head, needs: Needs) -> Walk:
     """The walk that serves this head."""
-    if native_head.serves(head.weight.device.type, head.weight.dtype, head.backend):
+    # The fused CPU walk has no outputs beside the log-probabilities yet.
+    if not needs.outputs and native_head.serves(head.weight.device.type, head.weight.dtype, head.backend):
         return Walk(cpu.forward, cpu.backward)
     return Walk(forward, backward)

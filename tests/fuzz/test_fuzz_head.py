@@ -102,9 +102,10 @@ def test_filter_stays_within_its_bound(data):
     hidden, weight, _, labels, options, _ = data.draw(problems())
     hidden, weight = hidden.float().requires_grad_(), weight.float()
     threshold = data.draw(st.sampled_from([0.0, 2.0**-20, 2.0**-10, 0.1, 2.0]))
-    logps, dropped = linear_token_logprobs(
-        hidden, weight, labels, gradient_filter=threshold, memory_budget=2**14, return_dropped=True, **options
+    out = linear_token_logprobs(
+        hidden, weight, labels, gradient_filter=threshold, memory_budget=2**14, outputs=("dropped",), **options
     )
+    logps, dropped = out.logps, out.dropped
     factors = torch.randn(labels.shape, generator=torch.Generator().manual_seed(1))
     expected, (expected_grad, *_) = exact_results(hidden.detach(), weight, None, labels, options, factors)
     assert_close(logps, expected, 2e-4)
