@@ -19,7 +19,8 @@ from rpo_kernels.shared_prompts import (
     tree_mask_function,
     unsupported_reason,
 )
-from rpo_kernels.shared_prompts.tree import padded_size, tree_size
+from rpo_kernels.shared_prompts.plan import padded_size, shared_size
+from rpo_kernels.shared_prompts.tree import tree_size
 from tiny_models import tiny
 
 EXACT = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "granite", "cohere", "cohere2", "gpt_neox")
@@ -114,7 +115,7 @@ def test_sizes_are_what_the_layout_takes():
     for example in ragged_groups():
         row = SharedPromptCollator()([example])["input_ids"]
         assert tree_size(example["prompt"], example["responses"]) == row.numel()
-    assert padded_size([1, 2], [[1], [1, 2, 3]]) == 10
+    assert padded_size(2, [1, 3]).tokens == 10 and shared_size(2, [1, 3]).tokens == 6
 
 
 def test_blocks_outside_the_tree_are_skipped():

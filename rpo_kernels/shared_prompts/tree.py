@@ -82,11 +82,6 @@ def tree_size(prompt: list[int], responses: Sequence[list[int]]) -> int:
     return len(prompt) + sum(map(len, responses)) - shared
 
 
-def padded_size(prompt: list[int], responses: Sequence[list[int]]) -> int:
-    """How many tokens a group takes as one padded row for each response, if it alone is a batch."""
-    return len(responses) * (len(prompt) + max(map(len, responses), default=0))
-
-
 def _common_length(sequences: Sequence[list[int]], start: int) -> int:
     """The length of the longest common prefix of sequences that agree up to `start`."""
     low, high = min(sequences), max(sequences)  # all others lie between, and share what these share
