@@ -133,14 +133,16 @@ def attach_reference(data: list[Example], trained: Trained, cache: Path) -> None
         example.ref_logps = known[key]
 
 
-def predicted(model: torch.nn.Module, data: list[Example]) -> dict[str, float]:
-    """How many times the padded form's tokens and operations are those of shared prompts."""
-    nothing = StepSize(0, 0, 0)
-    padded = sum((padded_size(*lengths(example)) for example in data), nothing)
-    shared = sum((shared_size(*lengths(example)) for example in data), nothing)
+def predicted(model: torch.nn.Module, data: list[Example]) -> dict[str, Any]:
+    """How many times the padded form's tokens and operations are those of shared prompts, in all and by step."""
+    padded = [padded_size(*lengths(example)) for example in data]
+    shared = [shared_size(*lengths(example)) for example in data]
+    by_step = [step_flops(model, a) / step_flops(model, b) for a, b in zip(padded, shared)]
+    all_padded, all_shared = (sum(sizes, StepSize(0, 0, 0)) for sizes in (padded, shared))
     return {
-        "tokens": padded.tokens / shared.tokens,
-        "operations": step_flops(model, padded) / step_flops(model, shared),
+        "tokens": all_padded.tokens / all_shared.tokens,
+        "operations": step_flops(model, all_padded) / step_flops(model, all_shared),
+        "operations_by_step": by_step,
     }
 
 
@@ -168,7 +170,7 @@ def described(run: dict[str, Any]) -> str:
 def table(runs: list[dict[str, Any]]) -> str:
     """The runs as a Markdown table."""
     lines = [
-        "| prompts | | seconds a step | tokens computed | peak memory of a step |",
+        "| groups | | seconds a step | tokens computed | peak memory of a step |",
         "|---|---|---|---|---|",
     ]
     for run in runs:
@@ -192,20 +194,18 @@ def largest_difference(run: dict[str, Any]) -> float:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Seconds of each step by the padded form's tokens, and the losses of both forms."""
+    """Ratios of each step's seconds over those of its operations, and the losses of both forms."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     speed, losses = figure.subplots(1, 2)
     for run, marker in zip(runs, "os^"):
         padded, shared = run["steps"]["padded"], run["steps"]["shared"]
-        ratio = [
-            (a["tokens"] / b["tokens"], a["processor_seconds"] / b["processor_seconds"])
-            for a, b in zip(padded[1:], shared[1:])
-        ]
-        speed.scatter(*zip(*ratio), marker=marker, label=described(run), alpha=0.7)
+        seconds = [a["seconds"] / b["seconds"] for a, b in zip(padded[1:], shared[1:])]
+        label = described(run)
+        speed.scatter(run["predicted"]["operations_by_step"][1:], seconds, marker=marker, label=label, alpha=0.7)
     limit = max(speed.get_xlim()[1], speed.get_ylim()[1])
     speed.plot([1, limit], [1, limit], color="gray", linewidth=0.8)
-    speed.set_xlabel("tokens, padded / shared")
-    speed.set_ylabel("seconds of a step, padded / shared")
+    speed.set_xlabel("operations of a step, padded / shared: predicted")
+    speed.set_ylabel("seconds: measured")
     speed.legend(fontsize="small")
     longest = max(runs, key=lambda run: len(run["steps"]["shared"]))
     for name, style in (("padded", dict(linewidth=3, alpha=0.4)), ("shared", dict(linewidth=1, color="black"))):
