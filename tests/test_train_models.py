@@ -7,10 +7,11 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel  # noqa: E402
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mamba2Config  # noqa: E402
 
 from rpo_kernels.cli import main  # noqa: E402
 from rpo_kernels.train.demo import tokenizer  # noqa: E402
+from rpo_kernels.train.loss_layer import LossLayer  # noqa: E402
 from rpo_kernels.train.models import disable_dropout, load_config, load_model  # noqa: E402
 from training import parameters, tiny_model, write_groups, write_model  # noqa: E402
 
@@ -121,6 +122,16 @@ def test_dropout_of_any_kind():
     disable_dropout(model)
     ids = torch.arange(1, 9).unsqueeze(0)
     assert torch.equal(model.train()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_hidden_states_of_another_type_than_the_head_take_the_logits():
+    """Mamba 2 keeps its residual stream in float32."""
+    sizes = dict(vocab_size=259, hidden_size=32, num_hidden_layers=1, state_size=8, num_heads=4, head_dim=16)
+    config = Mamba2Config(**sizes, n_groups=1)
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    assert LossLayer.of(model).level == "logits"
+    with pytest.raises(ValueError, match="the head level does not fit the model"):
+        LossLayer.of(model, "head")
 
 
 def test_a_quantization_left_by_a_gguf_file_is_dropped(folder):

@@ -40,9 +40,9 @@ class LossLayer:
         if level != "logits":
             try:
                 check_head(model)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # hidden states of another type than the head's, for one
                 if level == "head":
-                    raise
+                    raise ValueError(f"the head level does not fit the model: {error}") from error
                 logger.warning(f"{error}; the loss is computed from the logits")
                 level = "logits"
         return cls("logits" if level == "logits" else "head", **options)

@@ -154,6 +154,8 @@ def check_causal(model: PreTrainedModel) -> None:
     model.eval()
     try:
         logits, changed = (model(input_ids=x).logits[:, :-1].float() for x in (ids, others))
+    except RuntimeError as error:
+        raise RunError(f"{type(base_model(model)).__name__} fails on a few tokens: {error}") from error
     finally:
         model.train(training)
     rounding = 1e-4 if model.dtype in (torch.float32, torch.float64) else 1e-2  # experts round by who else is there
