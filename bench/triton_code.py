@@ -21,6 +21,7 @@ from rpo_kernels.fused import kernel as fused_kernel
 from rpo_kernels.fused.kernel import SequenceReduction, Tokens
 from rpo_kernels.kernels.interface import OUTPUT_FIELDS, RowStats
 from rpo_kernels.kernels.triton import grad, stats
+from rpo_kernels.kernels.triton import softmax as tile_softmax
 from rpo_kernels.kernels.triton import tiling as tilings
 
 TARGETS = {
@@ -48,17 +49,19 @@ class Build(NamedTuple):
     num_warps: int
     columns_a_thread: int = 0  # in one iteration of the main loop
     vocabularies: tuple[int, ...] = ()  # that this build serves
+    aligned: tuple[str, ...] = ()  # arguments that are multiples of 16
 
     def compile(self, target: GPUTarget) -> Any:
         signature = {name: self.signature.get(name, "constexpr") for name in self.kernel.arg_names}
         constants = {(self.kernel.arg_names.index(name),): value for name, value in self.constants.items()}
         constants |= dict.fromkeys(self.absent)
-        source = ASTSource(self.kernel, signature=signature, constexprs=constants)
+        attributes = {(self.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
+        source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         return triton.compile(source, target=target, options=dict(num_warps=self.num_warps, enable_fp_fusion=True))
 
 
 def builds(target: GPUTarget) -> list[Build]:
-    return row_builds(target) + sequence_builds()
+    return row_builds(target) + tile_builds() + sequence_builds()
 
 
 def row_builds(target: GPUTarget) -> list[Build]:
@@ -123,6 +126,46 @@ def row_grad(dtype, columns, target, out=None, softcap=False, active=False, entr
     absent = [(names.index(x),) for x in ("active", "entropies", "grad_entropies") if x not in signature]
     per_thread = tiling.vector * tiling.steps
     return Build(name, grad.row_grad_kernel, signature, flags | shape, absent, num_warps, per_thread)
+
+
+def tile_builds() -> list[Build]:
+    """The head's tile kernels, for tiles of 8,192 and 2,048 columns of float32 logits and a head of width 4,096."""
+    found = [
+        tile_step(8192),
+        tile_step(8192, softcap=True),
+        tile_step(8192, full=False),
+        tile_step(2048),
+        tile_step(8192, marks=True),
+    ]
+    vectors = dict.fromkeys(("tops", "sumexps", "label_logits", "logps", "references", "sums"), "*fp32")
+    signature = dict(labels="*i64", weight="*bf16", kept="*bf16", weight_strides=STRIDES, **vectors)
+    signature |= dict.fromkeys(("reference_stride", "rows", "row_start", "vocab", "tile_columns", "tiles"), "i32")
+    signature |= dict.fromkeys(("inner", "outer"), "fp32")
+    flags = dict(SOFTCAP=True, KEEPS=True, WIDTH=4096, TILES=16, BLOCK_H=1024)
+    found.append(Build("finish", tile_softmax.finish_kernel, signature, flags, [], 4))
+    signature = dict(hidden="*bf16", out="*bf16", factors="*fp32", before="*fp32")
+    flags = dict(WIDTH=4096, BLOCK_H=1024)
+    found.append(Build("scale_rows", tile_softmax.scale_rows_kernel, signature, flags, [], 4))
+    return found
+
+
+def tile_step(columns, softcap=False, full=True, marks=False) -> Build:
+    kernel = tile_softmax.tile_kernel
+    signature = dict(logits="*fp32", labels="*i64")
+    signature |= dict.fromkeys(("tops", "sumexps", "label_logits"), "*fp32")
+    signature |= dict.fromkeys(("logits_stride", "out_stride", "columns", "first_column"), "i32")
+    signature |= dict.fromkeys(("inner", "outer", "threshold"), "fp32")
+    if marks:
+        signature |= dict(early_logits="*fp32", active="*u8", dropped="*fp32")
+    else:
+        signature |= dict(out="*bf16", references="*fp32", sums="*fp32")
+    vectors = ("logits", "out", "references", "sums", "early_logits", "active", "dropped")
+    absent = [(kernel.arg_names.index(name),) for name in vectors if name not in signature]
+    width = 1 if marks else 4096
+    flags = dict(SOFTCAP=softcap, FULL=full, WIDTH=width, BLOCK=columns, BLOCK_H=min(1024, width))
+    name = _name("tile", str(columns), {}, softcap=softcap, masked=not full, marks=marks)
+    aligned = [name for name in ("logits", "out", "sums", "logits_stride", "out_stride") if name in signature]
+    return Build(name, kernel, signature, flags, absent, max(1, columns // 1024), aligned=tuple(aligned))
 
 
 def sequence_builds() -> list[Build]:

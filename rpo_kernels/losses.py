@@ -1,7 +1,7 @@
 """The three levels joined: logits, or hidden states and the LM head, to the group loss."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ def linear_rpo_loss(
     ignore_index: int = -100,
     shift: bool = False,
     memory_budget: int | str | None = None,
-    gradient_filter: float | None = None,
+    gradient_filter: float | Literal["auto"] | None = None,
     backend: str | None = None,
 ) -> RPOOutput:
     """`rpo_loss` from hidden states and the LM head, without ever holding the logits.

@@ -39,8 +39,23 @@ def live_backend():
 
 @pytest.fixture(params=dispatch.BACKENDS)
 def backend(request, live_backend) -> str:
-    """Each backend that is live here; the others are skipped with the reason."""
-    return live_backend(request.param)[0]
+    """Each backend that is live here; the others are skipped with the reason.
+
+    Triton's interpreter takes seconds a test: a module with INTERPRETED = False has tests of its own for it.
+    """
+    name, on = live_backend(request.param)
+    if (name, on) == ("triton", "cpu") and not getattr(request.module, "INTERPRETED", True):
+        pytest.skip("triton: interpreted, in a test of its own")
+    return name
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Chunks of 16 rows and tiles of 256 columns at the head level, so that small inputs have several of both."""
+    from rpo_kernels.head import plan
+
+    monkeypatch.setattr(plan, "_SHAPES", {})
+    monkeypatch.setattr(plan, "_ACCELERATOR_SHAPES", ((16, 256), (16, 256)))
 
 
 @pytest.fixture

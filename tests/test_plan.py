@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rpo_kernels import linear_token_logprobs, memory_plan
+from rpo_kernels.head import budget as budgets
 from rpo_kernels.head import gemm, plan, tiles
 from rpo_kernels.kernels import native_head
 
@@ -26,26 +27,26 @@ CPU = torch.device("cpu")
     ],
 )
 def test_budgets(given, expected):
-    assert plan.parse_budget(given, CPU) == expected
+    assert budgets.parse_budget(given, CPU) == expected
 
 
 @pytest.mark.parametrize("given", [-1, 1.5, "", "lots", "-3MB", "5 PB", "1e9", True, [1]])
 def test_budgets_that_cannot_be_read(given):
     with pytest.raises(ValueError, match="memory_budget"):
-        plan.parse_budget(given, CPU)
+        budgets.parse_budget(given, CPU)
 
 
 def test_default_budget_is_a_part_of_free_memory():
-    assert 10**6 < plan.parse_budget(None, CPU) < 2**50
+    assert 10**6 < budgets.parse_budget(None, CPU) < 2**50
 
 
 def test_a_containers_limit_counts(tmp_path):
-    assert plan._container_bytes(tmp_path, 77) == 77  # no such files: no limit
+    assert budgets._container_bytes(tmp_path, 77) == 77  # no such files: no limit
     for name, content in (("max", "1000\n"), ("current", "600\n"), ("stat", "anon 500\ninactive_file 100\n")):
         (tmp_path / f"memory.{name}").write_text(content)
-    assert plan._container_bytes(tmp_path, 77) == 500
+    assert budgets._container_bytes(tmp_path, 77) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert plan._container_bytes(tmp_path, 77) == 77
+    assert budgets._container_bytes(tmp_path, 77) == 77
 
 
 @pytest.mark.parametrize("sizes", [(-1, 4, 4), (4, 0, 4), (4, 4, 0)])

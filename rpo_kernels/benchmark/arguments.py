@@ -8,7 +8,7 @@ def memory_limit(text: str | None, device: str) -> int | None:
     """Bytes that a measured implementation may take; None, on a GPU, for what there is."""
     import torch
 
-    from ..head.plan import parse_budget
+    from ..head.budget import parse_budget
 
     if text is None and device != "cpu":
         return None

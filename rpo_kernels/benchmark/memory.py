@@ -108,7 +108,7 @@ def _resolve(args: argparse.Namespace) -> Model:
     """
     import torch
 
-    from ..head.plan import parse_budget
+    from ..head.budget import parse_budget
 
     has_gpu = torch.cuda.is_available()
     args.device = args.device or ("cuda" if has_gpu else "cpu")

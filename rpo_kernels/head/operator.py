@@ -1,7 +1,7 @@
 """Head level: log-probabilities from hidden states and the LM head's weight, as a differentiable torch operator."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,13 @@ from ..kernels.interface import TokenOptions
 from ..logprobs import check_label_range
 from ..outputs import Asked, TokenOutputs, pack_empty
 from ..shared_rows import take_rows
-from .plan import memory_plan, parse_budget
+from .budget import parse_budget
+from .plan import memory_plan
 from .schedule import Needs, Saved, find_rows
 from .tiles import Head
 from .walk import walk_for
 
+AUTO_THRESHOLD = 2.0**-20  # its error is a tenth of what rounding the gradient to half precision costs
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 _SAVED = [f"Tensor {name}" for name in Saved._fields]
 
@@ -35,7 +37,7 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     shift: bool = False,
     memory_budget: int | str | None = None,
-    gradient_filter: float | None = None,
+    gradient_filter: float | Literal["auto"] | None = None,
     outputs: Sequence[str] = (),
     entropy_grad: bool = True,
     backend: str | None = None,
@@ -59,8 +61,10 @@ def linear_token_logprobs(
             Which parts are kept decides over the last bits of the weight's gradient; a budget given makes them
             reproducible whatever else is in memory.
         gradient_filter: leave columns of the vocabulary out of the gradients of a chunk of rows if
-            `|dlogp / dlogit|` is at most this in all its rows, for example `2**-16`; None is exact. Values are exact
-            either way. On an accelerator the host then waits for every tile.
+            `|dlogp / dlogit|` is at most this in all its rows, for example `2**-16`; None is exact, `"auto"` is 2^-20
+            for half precision and None else. Values are exact either way. Nothing but one byte a column and chunk
+            then waits for backward, which computes the columns that count again; on an accelerator it makes the host
+            wait twice.
         outputs: names of what else to return, any of `"entropy"`, `"mean_logit"`, `"is_top1"`, `"log_sum_sq_probs"`
             and `"dropped"`, from the same logits.
         entropy_grad: whether the entropy may be differentiated. It takes one head GEMM more than without (none with a
@@ -101,7 +105,7 @@ def linear_token_outputs(
     *,
     entropy_grad: bool = False,
     memory_budget: int | str | None = None,
-    gradient_filter: float | None = None,
+    gradient_filter: float | Literal["auto"] | None = None,
     backend: str | None = None,
 ) -> TokenOutputs:
     """`linear_token_logprobs` with its outputs."""
@@ -111,8 +115,7 @@ def linear_token_outputs(
         hidden, weight = _autocast(hidden), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     _check(hidden, weight, bias, labels)
-    if gradient_filter is not None and not gradient_filter >= 0:
-        raise ValueError(f"gradient_filter must be a number of at least 0, or None; got {gradient_filter!r}")
+    gradient_filter = _threshold(gradient_filter, hidden.dtype)
     budget = None if memory_budget is None else parse_budget(memory_budget, hidden.device)
     grad = torch.is_grad_enabled()
     logps, dropped, entropy, others, *_ = torch.ops.rpo_kernels.linear_token_logprobs(
@@ -130,6 +133,14 @@ def linear_token_outputs(
         backend=backend,
     )
     return asked.unpack(logps.reshape(labels.shape), entropy, others, dropped)
+
+
+def _threshold(gradient_filter: float | Literal["auto"] | None, dtype: torch.dtype) -> float | None:
+    if gradient_filter == "auto":
+        return AUTO_THRESHOLD if dtype.itemsize == 2 else None
+    if gradient_filter is None or (isinstance(gradient_filter, int | float) and gradient_filter >= 0):
+        return gradient_filter
+    raise ValueError(f'gradient_filter must be a number of at least 0, "auto" or None; got {gradient_filter!r}')
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -3,28 +3,24 @@
 Pure arithmetic: the walk carries out what is planned here, and the command line predicts from it.
 """
 
+import functools
 import math
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ..kernels import native_head
 from ..kernels.interface import row_length
+from .budget import parse_budget
 from .cpu_plan import CpuWork
 
 EDGE = 256  # tiles of the vocabulary begin at multiples of this
 DENSE_SHARE = 0.6  # above this share of active columns, a dense product over all costs less than gathering them
-_UNLIMITED = 2**62  # what an operator's integers hold
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-# Rows a chunk and columns a tile before the budget speaks: large enough for GEMMs at full rate, small enough that a
-# tile of logits is still in the last-level cache when the row kernels read it.
-_SHAPES = {"cpu": (1024, 4096)}
-_ACCELERATOR_SHAPE = (2048, 8192)
-_SMALLEST_ROWS, _SMALLEST_COLUMNS = 128, EDGE
+# Rows a chunk and columns a tile before the budget speaks, and at least: large enough for GEMMs at full rate, on a CPU
+# small enough that a tile of logits is still in the last-level cache when the row kernels read it.
+_SHAPES = {"cpu": ((1024, 4096), (128, EDGE))}
+_ACCELERATOR_SHAPES = ((8192, 8192), (1024, 2048))
 _SMALL = 2048  # tensors of a few numbers
 
 
@@ -115,7 +111,6 @@ def memory_plan(
     work: CpuWork | _Work
     if not outputs and native_head.serves(device.type, dtype, backend):
         work = CpuWork(*sizes, *needs)
-        chunk, tile = work.shape(budget)
     else:
         work = _Work(
             *sizes,
@@ -125,15 +120,21 @@ def memory_plan(
             exact=max(4, dtype.itemsize),
             capped=softcap is not None,
             reference=backend == "torch",
+            shapes=_SHAPES.get(device.type, _ACCELERATOR_SHAPES),
         )
-        chunk, tile = _shape(work, budget, device.type)
-    tiles = math.ceil(vocab / tile)
+    return _plan(work, budget)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(work: "CpuWork | _Work", budget: int) -> MemoryPlan:
+    chunk, tile = work.shape(budget)
+    tiles = math.ceil(work.vocab / tile)
     kept = 0
-    if needs_weight and work.may_keep:
+    if work.needs_weight and work.may_keep:
         kept = next(n for n in range(tiles, -1, -1) if n == 0 or work.peak_bytes(chunk, tile, n) <= budget)
-    recomputed = (1 - min(1.0, kept * tile / vocab)) * needs_weight
-    if defers:
-        recomputed = float(needs_hidden or needs_weight)
+    recomputed = (1 - min(1.0, kept * tile / work.vocab)) * work.needs_weight
+    if work.filtered:
+        recomputed = float(work.needs_hidden or work.needs_weight)
     return MemoryPlan(
         chunk_rows=chunk,
         tile_columns=tile,
@@ -143,7 +144,7 @@ def memory_plan(
         forward_bytes=work.forward_bytes(chunk, tile, kept),
         backward_bytes=work.backward_bytes(chunk, tile, kept),
         gradient_bytes=work.gradient_bytes(),
-        head_gemms=1 + needs_hidden + needs_weight + recomputed,
+        head_gemms=1 + work.needs_hidden + work.needs_weight + recomputed,
     )
 
 
@@ -154,48 +155,6 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     exact to float32 and, where the CPU lacks matrix units, several times faster.
     """
     return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 else dtype
-
-
-def parse_budget(memory_budget: int | str | None, device: torch.device) -> int:
-    """Bytes of a memory budget; None stands for a quarter of what is free on the device now.
-
-    Raises:
-        ValueError: for anything but None, a non-negative integer or a string such as "512MB" or "1.5 GiB".
-    """
-    if memory_budget is None:
-        return _free_bytes(device) // 4
-    if isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget >= 0:
-        return min(memory_budget, _UNLIMITED)
-    if isinstance(memory_budget, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", memory_budget.upper())
-        if match and match[2] in _UNITS:
-            return min(int(float(match[1]) * _UNITS[match[2]]), _UNLIMITED)
-    raise ValueError(f'memory_budget must be bytes, a string like "512MB" or "1GiB", or None; got {memory_budget!r}')
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved
-    try:
-        with open("/proc/meminfo") as meminfo:
-            free = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return min(free, _container_bytes(Path("/sys/fs/cgroup"), free))
-
-
-def _container_bytes(group: Path, unlimited: int) -> int:
-    """What the container's limit (cgroup v2) leaves, file cache that it would give back included."""
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit == "max":
-            return unlimited
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-    except (OSError, KeyError, ValueError):
-        return unlimited
-    return max(0, int(limit) - used)
 
 
 @dataclass(frozen=True)
@@ -214,11 +173,30 @@ class _Work:
     exact: int  # bytes of an element of logits, statistics and accumulated gradients
     capped: bool
     reference: bool
+    shapes: tuple[tuple[int, int], tuple[int, int]]  # rows a chunk and columns a tile: at first, and at least
 
     @property
     def may_keep(self) -> bool:
         """Whether anything but the hidden states' gradient may wait for backward."""
         return not self.filtered
+
+    def shape(self, budget: int) -> tuple[int, int]:
+        """Rows a chunk and columns a tile: the device's shape, halved until what depends on it takes half of what the
+        budget leaves for it. Where the budget cannot be met, it may take an eighth of what is needed whatever the
+        shape."""
+        (chunk, tile), (least_rows, least_columns) = self.shapes
+        chunk = max(1, math.ceil(self.rows / max(1, math.ceil(self.rows / chunk))))  # chunks of equal size
+        tile = min(tile, math.ceil(self.vocab / EDGE) * EDGE)
+        least_rows, least_columns = min(chunk, least_rows), min(tile, least_columns)
+        least = self.peak_bytes(least_rows, least_columns, 0)
+        allowed = least + ((budget - least) // 2 if least < budget else least // 8)
+
+        while self.peak_bytes(chunk, tile, 0) > allowed and (tile > least_columns or chunk > least_rows):
+            if tile > least_columns and (tile * 2 > chunk or chunk <= least_rows):
+                tile = max(least_columns, tile // 2 // EDGE * EDGE)
+            else:
+                chunk = max(least_rows, math.ceil(chunk / 2))
+        return chunk, tile
 
     def peak_bytes(self, chunk: int, tile: int, kept: int) -> int:
         return max(self.forward_bytes(chunk, tile, kept), self.backward_bytes(chunk, tile, kept))
@@ -306,21 +284,3 @@ class _Work:
         """The torch reference's own copy of a tile, and beside it a softcap's slope or a filter's magnitudes."""
         beside = max(self.exact * self.capped, (self.exact + 1) * self.filtered)
         return chunk * self._columns(tile) * (self.exact + beside) * self.reference
-
-
-def _shape(work: _Work, budget: int, device_type: str) -> tuple[int, int]:
-    """Rows a chunk and columns a tile: the device's shape, halved until what depends on it takes half of what the
-    budget leaves for it. Where the budget cannot be met, it may take an eighth of what is needed whatever the shape."""
-    chunk, tile = _SHAPES.get(device_type, _ACCELERATOR_SHAPE)
-    chunk = max(1, math.ceil(work.rows / max(1, math.ceil(work.rows / chunk))))  # chunks of equal size
-    tile = min(tile, math.ceil(work.vocab / EDGE) * EDGE)
-    smallest_chunk = min(chunk, _SMALLEST_ROWS)
-    least = work.peak_bytes(smallest_chunk, _SMALLEST_COLUMNS, 0)
-    allowed = least + ((budget - least) // 2 if least < budget else least // 8)
-
-    while work.peak_bytes(chunk, tile, 0) > allowed and (tile > _SMALLEST_COLUMNS or chunk > smallest_chunk):
-        if tile > _SMALLEST_COLUMNS and (tile * 2 > chunk or chunk <= smallest_chunk):
-            tile = max(_SMALLEST_COLUMNS, tile // 2 // EDGE * EDGE)
-        else:
-            chunk = max(smallest_chunk, math.ceil(chunk / 2))
-    return chunk, tile

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..head.plan import parse_budget
+from ..head.budget import parse_budget
 from .settings import (
     DESCRIPTION,
     USAGE,
