@@ -187,7 +187,7 @@ def make_head(shape=(2, 9), width=24, vocab=1500, dtype=torch.float32, device="c
 def small_tiles(monkeypatch):
     """Several chunks and tiles of small inputs."""
     monkeypatch.setattr(plan, "_SHAPES", {"cpu": (8, 512)})
-    monkeypatch.setattr(plan, "_ACCELERATOR_SHAPE", (8, 512))
+    monkeypatch.setattr(plan, "_ACCELERATOR_SHAPES", ((8, 512), (8, 512)))
 
 
 @pytest.fixture
