@@ -85,7 +85,8 @@ def token_logprobs(
         outputs=asked.statistics,
         backend=backend,
     )
-    logps = logps.reshape(labels.shape)
+    if logps.shape != labels.shape:
+        logps = logps.reshape(labels.shape)
     return asked.unpack(logps, entropy, others, None) if outputs else logps  # type: ignore[return-value]
 
 
@@ -139,7 +140,7 @@ def _forward(
     kernels = dispatch.rows(logits, backend)
     stats = kernels.row_stats(logits, labels, TokenOptions(**options), outputs=tuple(outputs))
     # A label out of range has the log-probability of a column that is not there.
-    if checks_values(labels) and labels.numel() and not stats.logp.amin() > -torch.inf:
+    if labels.numel() and checks_values(labels) and not stats.logp.min().item() > -torch.inf:
         check_label_range(labels, logits.shape[-1], options["ignore_index"])
     results = (stats.logp, stats.max, stats.sumexp, *pack(stats, outputs, logits.shape[-1]))
     return tuple(x.contiguous() for x in results)  # as the fake ones, whatever the strides of the logits

@@ -112,8 +112,9 @@ class RowStats(NamedTuple):
     @classmethod
     def empty(cls, labels: Tensor, outputs: tuple[str, ...]) -> "RowStats":
         """Memory for float32 statistics of these labels, with what the outputs take."""
-        fields = (*cls._fields[:4], *(OUTPUT_FIELDS[name] for name in outputs))
-        return cls(**{name: torch.empty(labels.shape, dtype=torch.float32, device=labels.device) for name in fields})
+        first = torch.empty_like(labels, dtype=torch.float32, memory_format=torch.contiguous_format)
+        extra = {OUTPUT_FIELDS[name]: torch.empty_like(first) for name in outputs}
+        return cls(first, torch.empty_like(first), torch.empty_like(first), torch.empty_like(first), **extra)
 
     @property
     def outputs(self) -> tuple[str, ...]:

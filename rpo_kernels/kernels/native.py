@@ -40,6 +40,7 @@ def reason() -> str | None:
     return None
 
 
+@functools.cache
 def levels() -> list[str]:
     """The vector levels that this machine can run, best first."""
     return _library().rpo_levels().decode().split()
