@@ -1,6 +1,7 @@
-"""What `make gpu` runs: tests, benchmarks, memory and charts on this machine's GPU, in under nine minutes.
+"""What `make gpu` runs: a probe, tests, benchmarks, tuning and memory on this machine's GPU, in under nine minutes.
 
-Needs nothing but what is installed. Results go to bench/results/<device>/; a run that was interrupted, or ran out of
+Needs nothing but what is installed. Results go to bench/results/<device>/ and, after each step, into one archive beside
+it; `bench/notes/predictions-h200.md` is what they are to be held against. A run that was interrupted, or ran out of
 time, is continued by the next one, which skips what is done.
 """
 
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -38,20 +40,37 @@ def _bench(name: str, arguments: str, seconds: int = 150) -> Step:
     return Step(title, seconds, [*_CLI, "bench", "--resume", "--name", name, *arguments.split()])
 
 
+_KERNEL_TESTS = ("rows", "logprobs", "triton_rows", "triton_sequences", "head", "head_filter", "head_exactness")
+_PARTS = str(Path(__file__).parent / "gpu_parts.py")
+
+
+def _tests(name: str, seconds: int, arguments: list[str]) -> Step:
+    """Failures are listed whatever happens."""
+    return Step(name, seconds, ["-m", "pytest", "-q", "-rfE", "--maxfail=20", *_PARALLEL, *arguments])
+
+
+# In the order of what is most wanted, should the time end: what the device does, the kernels' tests, the head and the
+# logits of three models, constants, then the rest.
 STEPS = [
-    Step("tests", 150, ["-m", "pytest", "-q", "-m", "not real", *_PARALLEL, "tests"]),
-    _bench("shapes", "--model llama-3.1-8b --case head head-eval"),
-    _bench("shapes", "--model llama-3.1-8b --case head-frozen logits"),
-    Step(
-        "memory",
-        120,
-        [*_CLI, "memory", "--model", "llama-3.1-8b", "--responses", "4", "--length", "2048"],
+    Step("probe", 40, [_PARTS, "probe"]),
+    _tests(
+        "kernel tests",
+        90,
+        ["-m", "not real and not slow", "-k", "not interpreted", *[f"tests/test_{name}.py" for name in _KERNEL_TESTS]],
     ),
+    *[
+        _bench("shapes", f"--model {model} --case head logits --seconds 3", 60)
+        for model in ("llama-3.1-8b", "gemma-3-270m", "qwen2.5-0.5b")
+    ],
+    Step("tune", 90, [_PARTS, "tune"]),
+    _bench("shapes", "--model llama-3.1-8b --case head-frozen head-eval --seconds 3", 60),
+    Step("memory", 60, [*_CLI, "memory", "--model", "llama-3.1-8b", "--responses", "4", "--length", "2048"]),
+    _bench("rows", "--model llama-3.1-8b --case head --rows 2048 8192 32768 131072 --seconds 2 --only rpo_kernels", 90),
+    _bench("vocab", "--model llama-3.1-8b --case logits --vocab 32000 65536 128256 262144 --seconds 2", 90),
     _bench("shapes", "--model gemma-2-2b --case head logits"),
-    _bench("rows", "--model llama-3.1-8b --case head --rows 2048 8192 32768 131072 --seconds 2", 180),
-    _bench("vocab", "--model llama-3.1-8b --case logits --vocab 32000 65536 128256 262144 --seconds 2"),
     _bench("shapes", "--model llama-3.1-8b --case rows logits-eval"),
     _bench("shapes", "--model qwen2.5-7b"),
+    _tests("other tests", 150, ["-m", "not real", "tests"]),
 ]
 
 
@@ -74,14 +93,27 @@ def main() -> int:
             break
         done["steps"][step.name] = run(step, min(left, step.seconds), folder)
         save_json(done, record)
+        archive(folder)
     open_steps = [step.name for step in STEPS if done["steps"].get(step.name) != 0]
     print("\n".join([f"results: {folder}", *(f"not finished: {name}" for name in open_steps)]))
     return 1 if open_steps else 0
 
 
+def archive(folder: Path) -> Path:
+    """All results so far in one file beside their folder."""
+    packed = folder.with_suffix(".tar.gz")
+    with tarfile.open(packed, "w:gz") as file:
+        file.add(folder, folder.name)
+    return packed
+
+
 def run(step: Step, seconds: float, folder: Path) -> int:
     """Run one step, its output shown and kept in a log; returns its exit status, 124 if it was out of time."""
-    out = ["--out", "bench/results"] if "rpo_kernels.cli" in step.arguments else []
+    out = []
+    if "rpo_kernels.cli" in step.arguments:
+        out = ["--out", "bench/results"]
+    elif _PARTS in step.arguments:
+        out = ["--out", str(folder)]
     deadline = time.monotonic() + seconds
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
