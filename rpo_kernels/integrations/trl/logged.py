@@ -1,8 +1,7 @@
-"""What trainers log beside log-probabilities: from the logits of a few rows at a time.
+"""What trainers log beside log-probabilities, where the head's operator does not give it along with them.
 
-Entropy, mean logit and top-1 take one product with the head more, and no memory to speak of. TRL takes them from logits
-rounded to the operands' type, and so does this. The entropy may be differentiated, which few losses do: backward then
-makes the logits again.
+Entropy, mean logit and top-1 then take one product with the head more, from the logits of a few rows at a time, rounded
+to the operands' type as TRL rounds them. Few losses differentiate the entropy: only for those, backward makes logits.
 """
 
 from collections.abc import Iterator
@@ -29,19 +28,20 @@ class Rows(NamedTuple):
         return token_logprobs(logits, self.labels[rows], outputs=names, **self.options)  # type: ignore[return-value]
 
 
+@torch.no_grad()
 def logged_outputs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, names: tuple[str, ...]
 ) -> TokenOutputs:
-    """Outputs of `token_logprobs`, `[N]`, from hidden states `[N, H]` and the head; only the entropy has a gradient."""
-    parts = []
-    with torch.no_grad():
-        for chunk in _chunks(hidden, weight):
-            parts.append(rows.outputs(nn.functional.linear(hidden[chunk], weight, bias), chunk, names))
+    """Outputs of `token_logprobs`, `[N]`, from hidden states `[N, H]` and the head, without gradients."""
+    parts = [rows.outputs(nn.functional.linear(hidden[c], weight, bias), c, names) for c in _chunks(hidden, weight)]
     joined: list[Any] = [None if x[0] is None else torch.cat(x) for x in zip(*parts)]
-    outputs = TokenOutputs(*joined)
-    if outputs.entropy is None:
-        return outputs
-    return outputs._replace(entropy=_Entropy.apply(outputs.entropy, hidden, weight, bias, rows))
+    return TokenOutputs(*joined)
+
+
+def differentiable_entropy(entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
+    """An entropy `[N]` that was computed without a gradient, with one: backward makes the logits again, a few rows at a
+    time, and only if something asks for it."""
+    return _Entropy.apply(entropy.detach(), hidden, weight, bias, rows)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:

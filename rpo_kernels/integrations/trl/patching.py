@@ -15,14 +15,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...head import linear_token_logprobs
+from ...kernels import native_head
 from ...logprobs import token_logprobs
-from .logged import Rows, logged_outputs
+from .logged import Rows, differentiable_entropy, logged_outputs
 
 _HEAD = ("hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
 # Read in TRL 0.24, 1.9, 1.13, 1.14, 1.15 and 1.16.
@@ -42,13 +43,14 @@ HEAD_OUTPUTS = {
     "mean_logits": "mean_logit",
     "is_top1": "is_top1",
 }
+GradientFilter = float | Literal["auto"] | None
 # Marks rows that are not scored; no label of TRL's has this value.
 NOT_SCORED = -(2**31)
 
 _active: "Patch | None" = None
 
 
-def patch(memory_budget: int | str | None = None, gradient_filter: float | None = None) -> "Patch":
+def patch(memory_budget: int | str | None = None, gradient_filter: GradientFilter = None) -> "Patch":
     """Compute the loss layer of TRL's trainers with this package, from now on.
 
         import rpo_kernels.integrations.trl
@@ -80,7 +82,7 @@ def patch(memory_budget: int | str | None = None, gradient_filter: float | None 
 
 
 @contextlib.contextmanager
-def patched(memory_budget: int | str | None, gradient_filter: float | None) -> Iterator[None]:
+def patched(memory_budget: int | str | None, gradient_filter: GradientFilter) -> Iterator[None]:
     """`patch` for a block; TRL, or the settings of an earlier `patch`, are back afterwards."""
     earlier = _active
     settings = None if earlier is None else (earlier.memory_budget, earlier.gradient_filter)
@@ -100,7 +102,7 @@ class Patch:
     def __init__(self, utils: ModuleType):
         _check_signatures(utils)
         self.memory_budget: int | str | None = None
-        self.gradient_filter: float | None = None
+        self.gradient_filter: GradientFilter = None
         self._utils = utils
         self._said: set[str] = set()
         self._own = {name: getattr(utils, name) for name in KNOWN_SIGNATURES if hasattr(utils, name)}
@@ -163,12 +165,27 @@ class Patch:
             logit_scale=logit_scale,
             ignore_index=NOT_SCORED,
         )
-        settings: dict[str, Any] = dict(memory_budget=self.memory_budget, gradient_filter=self.gradient_filter)
+        names = tuple(HEAD_OUTPUTS[name] for name in wanted)
+        # Where the fused CPU walk serves, it gives log-probabilities alone; elsewhere one pass gives all.
+        apart = native_head.serves(hidden.device.type, dtype, None)
         with self._gathered_in_backward(weight, bias):
-            logps = linear_token_logprobs(operands[0], operands[1], targets, bias=operands[2], **options, **settings)
-            names = tuple(HEAD_OUTPUTS[name] for name in wanted)
-            logged = logged_outputs(*operands, Rows(targets, options), names) if wanted else None
-        values = {name: getattr(logged, HEAD_OUTPUTS[name]) for name in wanted}
+            result: Any = linear_token_logprobs(
+                operands[0],
+                operands[1],
+                targets,
+                bias=operands[2],
+                outputs=() if apart else names,
+                entropy_grad=False,
+                memory_budget=self.memory_budget,
+                gradient_filter=self.gradient_filter,
+                **options,
+            )
+            logps = result.logps if names and not apart else result
+            rows = Rows(targets, options)
+            logged = logged_outputs(*operands, rows, names) if names and apart else result
+            values = {name: getattr(logged, HEAD_OUTPUTS[name]) for name in wanted}
+            if "entropy" in values:
+                values["entropy"] = differentiable_entropy(values["entropy"], *operands, rows)
         if outputs is None:
             return logps, values["entropy"]
         if "is_top1" in values:
@@ -262,7 +279,7 @@ def _scored(index: Tensor, row_mask: Tensor | None) -> Tensor:
     return index if row_mask is None else torch.where(row_mask == 0, NOT_SCORED, index)
 
 
-def _check_settings(memory_budget: int | str | None, gradient_filter: float | None) -> None:
+def _check_settings(memory_budget: int | str | None, gradient_filter: GradientFilter) -> None:
     one = torch.zeros(1, 1)
     labels = torch.zeros(1, dtype=torch.int64)
     linear_token_logprobs(one, one, labels, memory_budget=memory_budget, gradient_filter=gradient_filter)
