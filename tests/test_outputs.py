@@ -171,7 +171,7 @@ def test_compiled_without_graph_breaks():
 # The head.
 
 
-def make_head(shape=(2, 9), width=24, vocab=1500, dtype=torch.float32, device="cpu", seed=0):
+def make_head(shape=(2, 7), width=24, vocab=700, dtype=torch.float32, device="cpu", seed=0):
     generator = torch.Generator().manual_seed(seed)
     hidden = (2 * torch.randn(*shape, width, generator=generator)).to(dtype)
     weight = (torch.randn(vocab, width, generator=generator) * width**-0.5 * 2).to(dtype)
@@ -186,8 +186,8 @@ def make_head(shape=(2, 9), width=24, vocab=1500, dtype=torch.float32, device="c
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several chunks and tiles of small inputs."""
-    monkeypatch.setattr(plan, "_SHAPES", {"cpu": (8, 512)})
-    monkeypatch.setattr(plan, "_ACCELERATOR_SHAPES", ((8, 512), (8, 512)))
+    monkeypatch.setattr(plan, "_SHAPES", {"cpu": (8, 256)})
+    monkeypatch.setattr(plan, "_ACCELERATOR_SHAPES", ((8, 256), (8, 256)))
 
 
 @pytest.fixture
@@ -208,8 +208,9 @@ def products(monkeypatch):
     return counted
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("budget", ["1MB", "200KB"])
+@pytest.mark.parametrize(
+    ("options", "budget"), [(OPTIONS[0], "1MB"), (OPTIONS[2], "200KB"), (OPTIONS[3], "1MB")], ids=str
+)
 def test_head_values_and_gradients(backend, backend_device, small_tiles, budget, options):
     hidden, weight, labels = make_head(device=backend_device)
     exact = expected(hidden.double() @ weight.double().T, labels, **options)
@@ -222,7 +223,8 @@ def test_head_values_and_gradients(backend, backend_device, small_tiles, budget,
         assert found.dtype == torch.float32 and found.requires_grad == (name in ("logps", "entropy"))
         torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     c, e = slopes(labels)
-    for of_logps, of_entropy in [(c, e), (c * 0, e), (1e-6 * c, 1e6 * e), (c, e * 0)]:
+    mixes = [(c, e), (c * 0, e), (1e-6 * c, 1e6 * e), (c, e * 0)]
+    for of_logps, of_entropy in mixes[:1] if backend == "triton" else mixes:
         found, wanted = (
             torch.autograd.grad(
                 (o["logps"] * of_logps).sum() + (o["entropy"] * of_entropy).sum(), (hidden, weight), retain_graph=True
@@ -231,9 +233,6 @@ def test_head_values_and_gradients(backend, backend_device, small_tiles, budget,
         )
         for a, b in zip(found, wanted):
             assert (a.double() - b.double()).norm() <= 1e-5 * b.double().norm()
-    only = torch.autograd.grad((out.entropy * e).sum(), (hidden, weight), retain_graph=True)
-    wanted = torch.autograd.grad((exact["entropy"] * e).sum(), (hidden, weight))
-    torch.testing.assert_close(only, wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("gradient_filter", [None, 2**-9])
@@ -241,6 +240,8 @@ def test_head_values_and_gradients(backend, backend_device, small_tiles, budget,
 def test_head_outputs_do_not_change_values_or_gradients(
     backend, backend_device, small_tiles, gradient_filter, entropy_grad
 ):
+    if backend == "triton" and backend_device == "cpu" and gradient_filter is not None:
+        pytest.skip("Triton's interpreter is slow, and the filter has tests of its own")
     hidden, weight, labels = make_head(device=backend_device)
     options = dict(gradient_filter=gradient_filter, memory_budget="1MB", backend=backend)
     plain = linear_token_logprobs(hidden, weight, labels, **options)
@@ -256,7 +257,7 @@ def test_head_outputs_do_not_change_values_or_gradients(
 
 def test_entropy_with_a_filter_is_off_by_little(backend, backend_device, small_tiles):
     """The columns left out weigh at most their share of p |log p + entropy|."""
-    hidden, weight, labels = make_head(device=backend_device)
+    hidden, weight, labels = make_head((2, 9), vocab=1500, device=backend_device)
     exact = expected(hidden.double() @ weight.double().T, labels)["entropy"].sum()
     out = linear_token_logprobs(
         hidden, weight, labels, outputs=["entropy", "dropped"], gradient_filter=2**-13, backend=backend
@@ -273,7 +274,7 @@ def test_entropy_with_a_filter_is_off_by_little(backend, backend_device, small_t
     ("outputs", "entropy_grad", "more"), [((), True, 0), (STATISTICS, False, 0), (["entropy"], True, 1)]
 )
 def test_head_gemms(backend, backend_device, small_tiles, products, frozen, outputs, entropy_grad, more):
-    hidden, weight, labels = make_head(shape=(1, 32), width=16, vocab=2048, device=backend_device)
+    hidden, weight, labels = make_head(shape=(1, 16), width=16, vocab=512, device=backend_device)
     labels[labels == -100] = 5
     weight.requires_grad_(not frozen)
     out = linear_token_logprobs(
@@ -281,7 +282,7 @@ def test_head_gemms(backend, backend_device, small_tiles, products, frozen, outp
     )
     loss = out.logps.sum() + out.entropy.sum() * entropy_grad if outputs else out.sum()
     loss.backward()
-    assert sum(products) == (3 - frozen + more) * 32 * 16 * 2048
+    assert sum(products) == (3 - frozen + more) * 16 * 16 * 512
 
 
 def test_without_gradients_nothing_is_kept(backend, backend_device, small_tiles, products):
