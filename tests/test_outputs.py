@@ -186,7 +186,7 @@ def make_head(shape=(2, 7), width=24, vocab=700, dtype=torch.float32, device="cp
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several chunks and tiles of small inputs."""
-    monkeypatch.setattr(plan, "_SHAPES", {"cpu": (8, 256)})
+    monkeypatch.setattr(plan, "_SHAPES", {"cpu": ((8, 256), (8, 256))})
     monkeypatch.setattr(plan, "_ACCELERATOR_SHAPES", ((8, 256), (8, 256)))
 
 
