@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from rpo_kernels import linear_token_logprobs, memory_plan
 from rpo_kernels.head import budget as budgets
@@ -72,7 +73,7 @@ def test_a_larger_budget_keeps_more_and_is_kept_to(device, dtype):
         now = planned(budget)
         assert now.peak_bytes <= budget
         # A budget that buys larger tiles keeps whole ones of them.
-        assert now.head_gemms <= previous.head_gemms + 1 / now.tiles
+        assert now.head_gemms <= previous.head_gemms + 2 / now.tiles
         previous = now
 
 
@@ -218,3 +219,46 @@ def test_prediction_with_a_filter_is_an_upper_bound(live_backend, scale):
         )
         _, backward, _ = peak_of(lambda logps=logps: torch.autograd.grad(logps, inputs, torch.ones_like(logps)))
         assert max(forward, held + backward - chosen.gradient_bytes) - logps.nbytes <= chosen.peak_bytes
+
+
+def test_the_default_budget_stays_within_backward_and_while_it_fits(monkeypatch):
+    """Activation checkpointing plans again in backward, when other memory is free."""
+    free = [1000]
+    monkeypatch.setattr(budgets, "_free_bytes", lambda device: free[0])
+    monkeypatch.setattr(budgets, "_defaults", {})
+    assert budgets.parse_budget(None, CPU) == 250
+    free[0] = 600
+    assert budgets.parse_budget(None, CPU) == 250  # still less than half of what is free
+    x = torch.ones(1, requires_grad=True)
+    seen = []
+    y = x * 2
+    y.register_hook(lambda _: seen.append(budgets.parse_budget(None, CPU)))
+    free[0] = 100
+    y.sum().backward()
+    assert seen == [250]
+    assert budgets.parse_budget(None, CPU) == 25
+    free[0] = 10_000
+    assert budgets.parse_budget(None, CPU) == 2500
+
+
+def test_checkpointing_while_free_memory_changes(monkeypatch):
+    monkeypatch.setattr(budgets, "_defaults", {})
+    free = iter(range(10**9, 0, -(10**8)))
+    monkeypatch.setattr(budgets, "_free_bytes", lambda device: next(free))
+    hidden, weight = torch.randn(64, 16).requires_grad_(), torch.randn(3000, 16).requires_grad_()
+    labels = torch.randint(3000, (64,))
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda: linear_token_logprobs(hidden, weight, labels).sum(), use_reentrant=False
+    )
+    monkeypatch.setattr(budgets, "_free_bytes", lambda device: 4000)
+    loss.backward()
+    assert weight.grad.isfinite().all()
+
+
+def test_shapes_on_an_accelerator():
+    chosen = memory_plan(8192, 4096, 128256, memory_budget="100GB", device="cuda")
+    assert (chosen.chunk_rows, chosen.tile_columns) == (8192, 8192)
+    for budget in ("64MB", 0):
+        chosen = memory_plan(8192, 4096, 128256, memory_budget=budget, device="cuda")
+        assert 1024 <= chosen.chunk_rows <= 2048 and chosen.tile_columns == 2048
+    assert memory_plan(100, 4096, 1000, device="cuda", memory_budget=0).chunk_rows == 100

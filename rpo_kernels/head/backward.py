@@ -81,7 +81,8 @@ class _Walk:
     chunk."""
 
     def __init__(self, head: Head, saved: Saved, labels: Tensor, loss: _Loss, needs: Needs):
-        self.head, self.scales, self.loss = head, saved.references, loss
+        self.head, self.loss = head, loss
+        self.factors = saved.references * -loss.factor  # [kept tiles, N]
         self.schedule = schedule = Schedule.load(saved.schedule)
         everything = slice(0, schedule.rows)
         self.kept = KeptTiles(saved.kept, schedule.rows, schedule.vocab, schedule.tile, schedule.kept_tiles, everything)
@@ -118,7 +119,7 @@ class _Walk:
 
     def _of_kept(self, tile: int) -> Iterator[_Piece]:
         probabilities = self.kept.tile(tile)
-        factor = -self.scales[tile] * self.loss.factor
+        factor = self.factors[tile]
         for rows in (
             self.schedule.chunks if self.scratch.converts else spans(self.schedule.rows, max(1, self.schedule.rows))
         ):

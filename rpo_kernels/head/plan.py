@@ -230,7 +230,7 @@ class _Work:
         scaled = (chunk if self.converts else self.rows) * self.hidden * self.operand * self.needs_weight
         several = self.converts or (recomputes and self.rows > chunk)  # products for one tile of the gradient
         gradient = self._columns(tile) * self.hidden * self.exact * (self.item != self.exact and several)
-        of_tile = gradient * self.needs_weight + 4 * self.rows * self.exact
+        of_tile = gradient * self.needs_weight + (4 + kept) * self.rows * self.exact
         if recomputes:
             weight = self._columns(tile) * self.hidden * self.operand * self.converts
             of_tile += chunk * self._length(tile) * self.exact + weight
