@@ -54,13 +54,15 @@ def train(args: argparse.Namespace, settings: dict[str, Any] | None) -> dict[str
 
         patch(**settings)
     seconds: list[float] = []
+    cpu_seconds: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
+            self.start = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.start)
+            seconds.append(time.perf_counter() - self.start[0])
+            cpu_seconds.append(time.process_time() - self.start[1])
 
     with tempfile.TemporaryDirectory(prefix="rpo-trl-") as folder:
         trainer = DPOTrainer(
@@ -85,7 +87,13 @@ def train(args: argparse.Namespace, settings: dict[str, Any] | None) -> dict[str
         trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     kept = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy", "grad_norm")
-    return {"seconds": seconds, "history": [{name: entry[name] for name in kept} for entry in history]}
+    load = os.getloadavg()[0]  # above the number of threads: others were at work, and times say little
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "load": load,
+        "history": [{name: entry[name] for name in kept} for entry in history],
+    }
 
 
 def run(name: str) -> dict[str, Any]:
