@@ -29,7 +29,7 @@ def exact_grad(beside=True):
     return torch.autograd.grad(loss_of(*arguments, inplace=False, beside=beside), arguments[1])[0]
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_another_reader_raises_compiled_or_not(compiler):
     arguments = make()
     torch._dynamo.reset()
