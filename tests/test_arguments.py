@@ -272,5 +272,7 @@ def test_forward_mode_is_refused():
     """The dispatcher would drop the tangents, and their result be 0."""
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jvp(lambda x: token_logprobs(x, LABELS), (LOGITS,), (LOGITS,))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: linear(hidden=x), (HIDDEN,), (HIDDEN,))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         token_logprobs(torch.autograd.forward_ad.make_dual(LOGITS.clone(), LOGITS), LABELS)

@@ -111,14 +111,14 @@ def linear_token_outputs(
     """`linear_token_logprobs` with its outputs."""
     options.check()
     _check_types(hidden, weight, bias, labels, backend)
-    if torch.is_autocast_enabled(hidden.device.type):
+    if hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = _autocast(hidden), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     _check(hidden, weight, bias, labels)
     gradient_filter = _threshold(gradient_filter, hidden.dtype)
     budget = None if memory_budget is None else parse_budget(memory_budget, hidden.device)
     grad = torch.is_grad_enabled()
-    logps, dropped, entropy, others, *_ = torch.ops.rpo_kernels.linear_token_logprobs(
+    logps, dropped, entropy, others, *_ = linear_token_logprobs_op(
         hidden.flatten(0, -2),
         weight,
         bias,
@@ -310,7 +310,7 @@ def _backward(ctx: Any, grad_logps: Tensor | None, _dropped: None, grad_entropy:
         grad_logps = torch.zeros_like(grad_entropy)
     hidden, weight, bias, labels, *saved = ctx.saved_tensors
     needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    gradients = torch.ops.rpo_kernels.linear_token_logprobs_grad(
+    gradients = linear_token_logprobs_grad(
         *(hidden, weight, bias, labels, grad_logps, grad_entropy, saved),
         **ctx.options,
         needs_hidden=needs_hidden,
@@ -320,7 +320,7 @@ def _backward(ctx: Any, grad_logps: Tensor | None, _dropped: None, grad_entropy:
     return *(gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad)), None
 
 
-register(
+linear_token_logprobs_op = register(
     f"linear_token_logprobs({_HEAD}, *, {TOKEN_OPTIONS}, bool needs_hidden, bool needs_weight, int? memory_budget, "
     "float? gradient_filter, str[] outputs, bool entropy_grad, str? backend)"
     f" -> (Tensor logps, Tensor dropped, Tensor entropy, Tensor others, {', '.join(_SAVED)})",
@@ -329,7 +329,7 @@ register(
     backward=_backward,
     setup_context=_setup_context,
 )
-register(
+linear_token_logprobs_grad = register(
     f"linear_token_logprobs_grad({_HEAD}, Tensor grad_logps, Tensor? grad_entropy, Tensor[] saved, *, {TOKEN_OPTIONS}, "
     "bool needs_hidden, bool needs_weight, bool needs_bias, float? gradient_filter, str[] outputs, "
     "bool entropy_grad, str? backend)"
