@@ -82,7 +82,9 @@ class PlatformWheel(bdist_wheel):
 native = Extension(
     "rpo_kernels._native",
     ["csrc/native.cpp", "csrc/rows.cpp", "csrc/head.cpp"],
-    depends=[f"csrc/{name}.h" for name in ("rows", "simd", "workers", "head", "bfloat16", "product", "softmax")],
+    depends=[
+        f"csrc/{name}.h" for name in ("rows", "simd", "workers", "head", "bfloat16", "product", "pack", "softmax")
+    ],
     optional=True,
 )
 setup(ext_modules=[native], cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel})

@@ -62,11 +62,16 @@ RPO_INLINE __m512i pack(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2
 RPO_INLINE __m512 even_floats(__m512i x) { return (__m512)_mm512_slli_epi32(x, 16); }
 RPO_INLINE __m512 odd_floats(__m512i x) { return (__m512)_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000))); }
 
+// Takes element i of two vectors, one behind the other, for i = 0 ... 15.
+RPO_INLINE __m512i pair_order() {
+  return _mm512_set_epi32(0x002f000f, 0x002e000e, 0x002d000d, 0x002c000c, 0x002b000b, 0x002a000a, 0x00290009,
+                          0x00280008, 0x00270007, 0x00260006, 0x00250005, 0x00240004, 0x00230003, 0x00220002,
+                          0x00210001, 0x00200000);
+}
+
 // 32 bfloat16 of two rows as pairs (a[i], b[i]): those of the first 16 elements, and of the others.
 RPO_INLINE void interleave(__m512i a, __m512i b, void* first, void* second) {
-  const __m512i order = _mm512_set_epi32(0x002f000f, 0x002e000e, 0x002d000d, 0x002c000c, 0x002b000b, 0x002a000a,
-                                         0x00290009, 0x00280008, 0x00270007, 0x00260006, 0x00250005, 0x00240004,
-                                         0x00230003, 0x00220002, 0x00210001, 0x00200000);
+  const __m512i order = pair_order();
   _mm512_store_si512(first, _mm512_permutex2var_epi16(a, order, b));
   _mm512_store_si512(second, _mm512_permutex2var_epi16(a, _mm512_add_epi16(order, _mm512_set1_epi16(16)), b));
 }
