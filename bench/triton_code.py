@@ -188,7 +188,7 @@ def sequence_reduce(distance, target, num_sequences, length, size, packed=False,
     signature |= dict.fromkeys(("beta", "eta", "gamma", "target_margin"), "fp32")
     flags = dict(DISTANCE=distance, TARGET=target, SHIFT=True)
     names = fused_kernel.sequence_reduce_kernel.arg_names
-    absent = [(names.index(name),) for name in ("ref_logps", "cu_seqlens", "index") if name not in signature]
+    absent = [(names.index(name),) for name in ("ref_sums", "cu_seqlens", "index") if name not in signature]
     name = _name("sequence_reduce", f"{distance} {target}", shape, packed=packed, ragged=ragged)
     kernel = fused_kernel.sequence_reduce_kernel
     return Build(name, kernel, signature, flags | shape, absent, fused_kernel.NUM_WARPS)

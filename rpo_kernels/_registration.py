@@ -98,12 +98,14 @@ def _function(
     """What `torch.library.register_autograd` makes of the same two functions, without the dispatcher in between."""
 
     def forward(ctx: Any, options: dict[str, Any], *tensors: Any) -> Any:
+        ctx.tensor_count = len(tensors)
         output = implementation(*tensors, **options)
         setup_context(ctx, tensors, options, output)
         return output
 
     def with_options(ctx: Any, *grads: Tensor | None) -> tuple:
-        ctx.needs_input_grad = ctx.needs_input_grad[1:]
+        # Without the options; a second backward finds it shortened already.
+        ctx.needs_input_grad = ctx.needs_input_grad[-ctx.tensor_count :]
         return None, *backward(ctx, *grads)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(with_options)}

@@ -8,7 +8,19 @@ from rpo_kernels import RPO, preference, rpo_loss
 
 # Operators of torch that launch nothing on a GPU: allocation and views.
 FREE = {
-    *("empty", "as_strided", "_reshape_alias", "view", "expand", "detach", "alias", "reshape", "unsqueeze", "squeeze"),
+    *(
+        "empty",
+        "empty_strided",
+        "as_strided",
+        "_reshape_alias",
+        "view",
+        "expand",
+        "detach",
+        "alias",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+    ),
     *("slice", "select", "transpose", "t", "flatten", "narrow", "to"),
 }
 

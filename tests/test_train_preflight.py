@@ -95,7 +95,6 @@ MISTAKES = [
     ("--optim adamw_bnb_8bit", "optim adamw_bnb_8bit: "),
     ("--adam-beta1 2", "optim adamw_torch_fused: Invalid beta parameter"),
     ("--lr-scheduler-type cosine_with_min_lr", "lr_scheduler_type cosine_with_min_lr with None: "),
-    ("--use-liger-kernel true", "needs the package liger-kernel"),
     ("--seed=-1", "seed must be at least 0, got -1"),
     ("--metric-for-best-model bleu", "metric_for_best_model must be one of ['loss', 'accuracy', 'margin'"),
     ("--dataloader-drop-last true --per-device-train-batch-size 5", "leaves nothing of 4 groups in batches of 5"),
