@@ -7,6 +7,7 @@ import pytest
 transformers = pytest.importorskip("transformers")
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, GPT2Config, MambaConfig, T5Config  # noqa: E402
 
+import rpo_kernels.train.preflight as preflight  # noqa: E402
 import rpo_kernels.train.run as run  # noqa: E402
 from rpo_kernels.cli import main  # noqa: E402
 from rpo_kernels.train.demo import tokenizer  # noqa: E402
@@ -126,3 +127,10 @@ def test_a_mistake_is_one_line_before_the_work(folder, words, message, monkeypat
     error = capsys.readouterr().err.split("rpo-kernels train: error: ")[1]
     assert message in error and "Traceback" not in error
     assert len(error.strip().splitlines()) <= 2 and not (folder / "out" / "metrics.json").exists()
+
+
+def test_liger_kernel_is_missed_before_the_work(folder, monkeypatch, capsys):
+    """Whether or not it is installed here."""
+    monkeypatch.setattr(preflight, "is_liger_kernel_available", lambda: False)
+    words, message = "--use-liger-kernel true", "needs the package liger-kernel"
+    test_a_mistake_is_one_line_before_the_work(folder, words, message, monkeypatch, capsys)
