@@ -176,7 +176,9 @@ def as_numpy(x):
 
 @BUDGETS
 @NEEDS
-@pytest.mark.xfail(reason="measured up to 0.5 MB above the plan since statistics are outputs; not yet explained")
+# A CPU multiplies rows of bfloat16 by float32 factors through float32 copies, which explains the cases without
+# hidden states at a budget of 0 and with 20MB of the weight alone; with hidden states 96 kB (1.2%) are not explained.
+@pytest.mark.xfail(reason="the emulated products and factors allocate copies that a GPU does not make")
 def test_predicted_peak_of_an_accelerator(live_backend, monkeypatch, needs, budget):
     """Products that read bfloat16 and write float32, as on a GPU, made up here."""
 
