@@ -6,6 +6,7 @@ Metadata is in pyproject.toml. Without a C++ compiler the package installs all t
 import os
 import platform
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -82,9 +83,7 @@ class PlatformWheel(bdist_wheel):
 native = Extension(
     "rpo_kernels._native",
     ["csrc/native.cpp", "csrc/rows.cpp", "csrc/head.cpp"],
-    depends=[
-        f"csrc/{name}.h" for name in ("rows", "simd", "workers", "head", "bfloat16", "product", "pack", "softmax")
-    ],
+    depends=sorted(glob("csrc/*.h")),
     optional=True,
 )
 setup(ext_modules=[native], cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel})

@@ -1,5 +1,5 @@
-// bfloat16 operands and float results: the instruction of CPUs that multiply bfloat16 (vdpbf16ps), or the same arithmetic
-// in AVX-512 without it (RPO_EMULATED), which is slow and gives the same bits, so that other machines can run the tests.
+// Products of bfloat16 with float results: the instruction vdpbf16ps, or its emulation in AVX-512 (RPO_EMULATED), which
+// is slow and gives the same bits, so that CPUs without the instruction can run the tests.
 //
 // vdpbf16ps is two fused multiply-adds: the odd product first, then the even one, each sum rounded to nearest even.
 // Denormal operands, addends and sums count as 0, whatever the rounding mode and flags of the thread.

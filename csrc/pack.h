@@ -14,7 +14,7 @@ using rpo::Matrix;
 RPO_INLINE int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 RPO_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Up to 16 pairs of a row, zeros behind.
+// Up to 16 pairs of a row, padded with zeros.
 RPO_INLINE __m512i row_piece(const uint16_t* row, int64_t elements) {
   if (elements >= kPanel) return _mm512_loadu_si512(row);
   return _mm512_maskz_loadu_epi16(elements <= 0 ? 0 : (__mmask32)((uint64_t(1) << elements) - 1), row);

@@ -1,4 +1,4 @@
-// The product that all others are made of: 14 x 32 sums in registers, over pairs of bfloat16.
+// The innermost matrix product: 14 x 32 sums in registers, accumulated over pairs of bfloat16.
 #pragma once
 
 #include "bfloat16.h"

@@ -22,8 +22,8 @@ levels=$(LD_PRELOAD=$preload "$python" -c 'from rpo_kernels.kernels import nativ
 for level in $levels; do
   echo "== $level"
   RPO_KERNELS_NATIVE_LEVEL=$level LD_PRELOAD=$preload \
-    "$python" -m pytest -q -p no:cacheprovider tests/test_rows.py tests/test_native.py -k native "$@"
+    "$python" -m pytest -q -p no:cacheprovider tests/test_row*.py tests/test_native.py -k native "$@"
 done
 
-# The head level's products: the tests go over the units, where this machine has them, and their emulation.
+# The LM head's kernels: the tests cover the bfloat16 units, where this machine has them, and their emulation.
 LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider tests/test_head_cpu.py "$@"

@@ -1,7 +1,7 @@
-// What the row kernels need of a vector unit, for the level this file is compiled for (RPO_LEVEL, see setup.py).
-// Arithmetic and comparisons are GCC/Clang vector extensions; only what these cannot say is written per level.
+// Vector operations of the row kernels, for the vector level that this file is compiled for (RPO_LEVEL, setup.py).
+// Arithmetic and comparisons are GCC/Clang vector extensions; intrinsics are used only for what these lack.
 //
-// Everything here has internal linkage: a function that two levels shared by name could be linked from the wrong one.
+// Everything has internal linkage: with external linkage, the linker would merge functions of different vector levels.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVector __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t WordVector __attribute__((vector_size(4 * kLanes)));
 
-// Two vectors side by side: a chain of dependent operations fills only half of what the units can do.
+// Two vectors processed together: one chain of dependent operations would leave half of the units idle.
 struct Ints {
   IntVector a, b;
 };
@@ -41,7 +41,7 @@ struct Floats {
   Vector a{}, b{};
   Floats() = default;
   Floats(Vector a, Vector b) : a(a), b(b) {}
-  Floats(float x) : a(x - Vector{}), b(a) {}  // NOLINT: a number stands for itself in every lane
+  Floats(float x) : a(x - Vector{}), b(a) {}  // NOLINT: implicit broadcast
 };
 
 RPO_INLINE Floats operator+(Floats x, Floats y) { return {x.a + y.a, x.b + y.b}; }
@@ -61,7 +61,7 @@ RPO_INLINE Floats select(Ints mask, Floats x, Floats y) { return {select(mask.a,
 RPO_INLINE Floats absolute(Floats x) { return masked({0x7fffffff - IntVector{}, 0x7fffffff - IntVector{}}, x); }
 RPO_INLINE IntVector shift_right(IntVector x, int count) { return (IntVector)((WordVector)x >> count); }
 
-// ---- per level: x > y ? x : y (so y if either is NaN), a * b + c, a store past the caches (p aligned), any lane set
+// ---- per vector level. maximum(x, y) is x > y ? x : y, so y if either is NaN; stream stores past the caches (p aligned)
 
 #if defined(__AVX512F__)
 RPO_INLINE bool any(IntVector mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
@@ -107,7 +107,7 @@ RPO_INLINE Floats polynomial(Floats x, const float (&c)[kTerms]) {
   return p;
 }
 
-// ---- 2^y: relative error below 1.7e-7, 0 where that is below the normal numbers, NaN stays NaN. Minimax polynomials.
+// ---- 2^y: relative error below 1.7e-7, 0 where the result is not a normal number, NaN for NaN. Minimax polynomials.
 
 #if defined(__AVX512F__)
 RPO_INLINE Floats exp2(Floats y) {
@@ -191,14 +191,14 @@ RPO_INLINE Floats unpack_bfloat16(IntVector words) {
   return {(Vector)(words << 16), (Vector)(words & int32_t(0xffff0000))};
 }
 
-// Rounds to nearest, ties to even. A NaN stays one if its low half is 0: a bfloat16's is, so is the default NaN's.
+// Rounds to nearest, ties to even. Only a NaN whose low 16 bits are 0 stays a NaN: one from a bfloat16, or quiet_nan's.
 RPO_INLINE IntVector pack_bfloat16(Floats x) {
   const IntVector a = (IntVector)x.a, b = (IntVector)x.b;
   const IntVector low = a + (0x7fff + (shift_right(a, 16) & 1)), high = b + (0x7fff + (shift_right(b, 16) & 1));
   return shift_right(low, 16) | (high & int32_t(0xffff0000));
 }
 
-// The even elements first and the odd ones after them, and the way back.
+// Even elements first, then the odd ones; and the inverse.
 #if defined(__AVX512F__)
 RPO_INLINE Floats interleaved(Floats x) {
   const IntVector even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};

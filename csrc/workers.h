@@ -1,4 +1,4 @@
-// Threads that share out the items of a task; defined in native.cpp.
+// The threads that run the items of a task; defined in native.cpp.
 #pragma once
 
 #include <cstdint>

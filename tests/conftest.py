@@ -6,10 +6,13 @@ import hypothesis
 import pytest
 import torch
 
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is first imported
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # no graph of an older version of the package
+
+import row_cases  # noqa: E402
 
 from rpo_kernels.kernels import dispatch  # noqa: E402
 
@@ -62,3 +65,14 @@ def small_tiles(monkeypatch):
 def backend_device(backend) -> str:
     """Where tensors for `backend` live."""
     return DEVICE if backend == "triton" else "cpu"
+
+
+@pytest.fixture
+def rows(backend, backend_device, monkeypatch):
+    """The backend's row kernels, with Triton's blocks so small that small rows have several and a partial one."""
+    module = dispatch.rows(torch.empty(1, 1, 1, device=backend_device), backend)
+    if backend == "triton":
+        monkeypatch.setattr("rpo_kernels.kernels.triton.tiling.LANES", 32)
+        if backend_device == "cpu":
+            monkeypatch.setitem(row_cases.HALF_ULP, torch.bfloat16, 2**-7)  # the interpreter truncates to bfloat16
+    return module

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from test_rows import ALL, PLAIN, TRANSFORMS, assert_grad_matches, assert_stats_match, make_batch
+from row_cases import ALL, PLAIN, TRANSFORMS, assert_grad_matches, assert_stats_match, make_batch
 
 triton_rows = pytest.importorskip("rpo_kernels.kernels.triton", exc_type=ImportError)
 from rpo_kernels.kernels.triton import grad as grad_module  # noqa: E402

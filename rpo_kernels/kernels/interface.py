@@ -89,12 +89,17 @@ class EntropyGrad(NamedTuple):
 
 
 # What a row can tell beside the log-probability, and the field of `RowStats` that it takes.
-OUTPUT_FIELDS = {"entropy": "weighted", "mean_logit": "total", "is_top1": "top_before", "log_sum_sq_probs": "squares"}
+OUTPUT_FIELDS = {
+    "entropy": "sum_exp_z",
+    "mean_logit": "sum_z",
+    "is_top1": "max_before_label",
+    "log_sum_sq_probs": "sum_sq_exp",
+}
 
 
 class RowStats(NamedTuple):
     """Statistics of each label position's row over the columns seen so far, every field `[B, T]`, float32
-    (float64 for float64 logits). A position that is not scored holds 0 everywhere, but `sumexp` and `squares` 1.
+    (float64 for float64 logits). A position that is not scored holds 0 everywhere, but `sumexp` and `sum_sq_exp` 1.
 
     `max` and `sumexp` are kept apart because their sum, the log-sum-exp, would round away what the gradient needs.
     """
@@ -104,10 +109,10 @@ class RowStats(NamedTuple):
     sumexp: Tensor  # sum_v exp(z_v - max)
     label_logit: Tensor  # z[label], -inf while that column has not been seen (a label outside [0, V): never)
     # None, unless an output takes it:
-    weighted: Tensor | None = None  # sum_v exp(z_v - max) (z_v - max)
-    total: Tensor | None = None  # sum_v z_v
-    top_before: Tensor | None = None  # max_{v < label} z_v, -inf if there is none
-    squares: Tensor | None = None  # sum_v exp(z_v - max)^2
+    sum_exp_z: Tensor | None = None  # sum_v exp(z_v - max) (z_v - max)
+    sum_z: Tensor | None = None  # sum_v z_v
+    max_before_label: Tensor | None = None  # max_{v < label} z_v, -inf if there is none
+    sum_sq_exp: Tensor | None = None  # sum_v exp(z_v - max)^2
 
     @classmethod
     def empty(cls, labels: Tensor, outputs: tuple[str, ...]) -> "RowStats":

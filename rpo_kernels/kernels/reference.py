@@ -45,18 +45,18 @@ def row_stats(
     top = z.amax(-1)
     column, inside = _label_column(z, target, first_column)
     label_logit = torch.where(inside, z.gather(-1, column), -torch.inf).squeeze(-1)
-    total = z.sum(-1) if "mean_logit" in outputs else None
-    top_before = _top_before(z, target, first_column) if "is_top1" in outputs else None
+    sum_z = z.sum(-1) if "mean_logit" in outputs else None
+    max_before_label = _max_before_label(z, target, first_column) if "is_top1" in outputs else None
     weights = z.sub_(_finite(top).unsqueeze(-1)).exp_()
     tile = RowStats(
         logp=torch.empty_like(top),
         max=top,
         sumexp=weights.sum(-1),
         label_logit=label_logit,
-        weighted=torch.xlogy(weights, weights).sum(-1) if "entropy" in outputs else None,
-        total=total,
-        top_before=top_before,
-        squares=weights.square().sum(-1) if "log_sum_sq_probs" in outputs else None,
+        sum_exp_z=torch.xlogy(weights, weights).sum(-1) if "entropy" in outputs else None,
+        sum_z=sum_z,
+        max_before_label=max_before_label,
+        sum_sq_exp=weights.square().sum(-1) if "log_sum_sq_probs" in outputs else None,
     )
     if running is not None:
         tile = _merge(RowStats(*(None if x is None else _to_rows(x, options) for x in running)), tile)  # type: ignore
@@ -146,7 +146,7 @@ def _label_column(z: Tensor, target: Tensor, first_column: int) -> tuple[Tensor,
     return column.clamp(0, z.shape[-1] - 1), (column >= 0) & (column < z.shape[-1])
 
 
-def _top_before(z: Tensor, target: Tensor, first_column: int) -> Tensor:
+def _max_before_label(z: Tensor, target: Tensor, first_column: int) -> Tensor:
     """Each row's largest z in columns before the label's."""
     columns = torch.arange(first_column, first_column + z.shape[-1], device=z.device)
     return z.masked_fill(columns >= target.unsqueeze(-1), -torch.inf).amax(-1)
@@ -162,16 +162,16 @@ def _merge(a: RowStats, b: RowStats) -> RowStats:
         sumexp=a.sumexp * drops[0].exp() + b.sumexp * drops[1].exp(),
         label_logit=torch.maximum(a.label_logit, b.label_logit),
     )
-    if a.weighted is not None and b.weighted is not None:
-        moved = [x + part.sumexp * drop for x, part, drop in zip((a.weighted, b.weighted), (a, b), drops)]
-        merged = merged._replace(weighted=moved[0] * drops[0].exp() + moved[1] * drops[1].exp())
-    if a.total is not None and b.total is not None:
-        merged = merged._replace(total=a.total + b.total)
-    if a.top_before is not None and b.top_before is not None:
-        merged = merged._replace(top_before=torch.maximum(a.top_before, b.top_before))
-    if a.squares is not None and b.squares is not None:
-        squares = a.squares * (2 * drops[0]).exp() + b.squares * (2 * drops[1]).exp()
-        merged = merged._replace(squares=squares)
+    if a.sum_exp_z is not None and b.sum_exp_z is not None:
+        moved = [x + part.sumexp * drop for x, part, drop in zip((a.sum_exp_z, b.sum_exp_z), (a, b), drops)]
+        merged = merged._replace(sum_exp_z=moved[0] * drops[0].exp() + moved[1] * drops[1].exp())
+    if a.sum_z is not None and b.sum_z is not None:
+        merged = merged._replace(sum_z=a.sum_z + b.sum_z)
+    if a.max_before_label is not None and b.max_before_label is not None:
+        merged = merged._replace(max_before_label=torch.maximum(a.max_before_label, b.max_before_label))
+    if a.sum_sq_exp is not None and b.sum_sq_exp is not None:
+        sum_sq_exp = a.sum_sq_exp * (2 * drops[0]).exp() + b.sum_sq_exp * (2 * drops[1]).exp()
+        merged = merged._replace(sum_sq_exp=sum_sq_exp)
     return merged
 
 
@@ -179,7 +179,7 @@ def _unscored_blank(stats: RowStats, scored: Tensor, options: TokenOptions) -> R
     """Statistics of rows as statistics of label positions; what is not scored holds 0, and 1 in `sumexp`."""
 
     def blank(name: str, x: Tensor | None) -> Tensor | None:
-        fill = 1.0 if name in ("sumexp", "squares") else 0.0
+        fill = 1.0 if name in ("sumexp", "sum_sq_exp") else 0.0
         return None if x is None else _to_labels(torch.where(scored, x, fill), fill, options)
 
     return RowStats(*(blank(name, x) for name, x in zip(RowStats._fields, stats)))  # type: ignore[arg-type]

@@ -113,12 +113,12 @@ def row_stats_kernel(
     scale = outer * LOG2E
     column, inside = edge_columns(head, end, columns, split, VECTOR, LANES)
     edges = squash(tl.load(row + column, mask=inside, other=0.0).to(tl.float32), inner, SOFTCAP)
-    total = tl.where(inside, edges, 0.0)
+    sum_z = tl.where(inside, edges, 0.0)
     edges = tl.where(inside, edges, float("-inf"))
     top = tl.maximum(edges, LOWEST)
     sumexp = tl.exp2((edges - top) * scale)
-    weighted = tl.zeros_like(sumexp)
-    squares = sumexp
+    sum_exp_z = tl.zeros_like(sumexp)
+    sum_sq_exp = sumexp
     # In the label's block the loop below leaves the columns before the label to what follows it.
     label_column = label.to(tl.int64) - first_column
     label_offset = (label_column - head).to(tl.int32)
@@ -132,21 +132,25 @@ def row_stats_kernel(
     for first in range(start, whole, BLOCK):
         x = tl.load(body + first + offsets, eviction_policy="evict_first").to(tl.float32)
         u = squash(x, inner, SOFTCAP)
-        if stats.total is not None:
-            total += _lane_sum(u, VECTOR, LANES, STEPS)
-        if stats.top_before is not None:
+        if stats.sum_z is not None:
+            sum_z += _lane_sum(u, VECTOR, LANES, STEPS)
+        if stats.max_before_label is not None:
             block_top = _lane_max(u, VECTOR, LANES, STEPS)
             before = tl.where(first + BLOCK <= label_offset, tl.maximum(before, block_top), before)
-        top, sumexp, weighted, squares = _fold(stats, u, top, sumexp, weighted, squares, scale, VECTOR, LANES, STEPS)
+        top, sumexp, sum_exp_z, sum_sq_exp = _fold(
+            stats, u, top, sumexp, sum_exp_z, sum_sq_exp, scale, VECTOR, LANES, STEPS
+        )
     if whole < stop:
         here = offsets < stop - whole
         tail = tl.load(body + whole + offsets, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
         tail = squash(tail, inner, SOFTCAP)
-        if stats.total is not None:
-            total += _lane_sum(tl.where(here, tail, 0.0), VECTOR, LANES, STEPS)
+        if stats.sum_z is not None:
+            sum_z += _lane_sum(tl.where(here, tail, 0.0), VECTOR, LANES, STEPS)
         tail = tl.where(here, tail, float("-inf"))
-        top, sumexp, weighted, squares = _fold(stats, tail, top, sumexp, weighted, squares, scale, VECTOR, LANES, STEPS)
-    if stats.top_before is not None:
+        top, sumexp, sum_exp_z, sum_sq_exp = _fold(
+            stats, tail, top, sumexp, sum_exp_z, sum_sq_exp, scale, VECTOR, LANES, STEPS
+        )
+    if stats.max_before_label is not None:
         last = tl.minimum(tl.maximum(label_offset, start), stop)
         first = start + tl.maximum(last - start, 0) // BLOCK * BLOCK
         here = offsets < last - first
@@ -154,24 +158,24 @@ def row_stats_kernel(
         rest = _lane_max(tl.where(here, rest, float("-inf")), VECTOR, LANES, STEPS)
         before = tl.maximum(before, rest)
 
-    top, sumexp, weighted, squares = _reduce_lanes(stats, top, sumexp, weighted, squares, scale)
-    total = tl.sum(total, axis=0)
+    top, sumexp, sum_exp_z, sum_sq_exp = _reduce_lanes(stats, top, sumexp, sum_exp_z, sum_sq_exp, scale)
+    sum_z = tl.sum(sum_z, axis=0)
     before = tl.max(before, axis=0)
     if partial is None:
         u_label = _label_u(row, label, first_column, columns, inner, SOFTCAP)
-        _finish(stats, at, u_label, top, sumexp, weighted, squares, total, before, outer, RUNNING)
+        _finish(stats, at, u_label, top, sumexp, sum_exp_z, sum_sq_exp, sum_z, before, outer, RUNNING)
     else:
         slot = partial + split.to(tl.int64) * tl.num_programs(0) + at
         field = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
         tl.store(slot, top)
         tl.store(slot + field, sumexp)
-        if stats.weighted is not None:
-            tl.store(slot + 2 * field, weighted)
-        if stats.squares is not None:
-            tl.store(slot + 3 * field, squares)
-        if stats.total is not None:
-            tl.store(slot + 4 * field, total)
-        if stats.top_before is not None:
+        if stats.sum_exp_z is not None:
+            tl.store(slot + 2 * field, sum_exp_z)
+        if stats.sum_sq_exp is not None:
+            tl.store(slot + 3 * field, sum_sq_exp)
+        if stats.sum_z is not None:
+            tl.store(slot + 4 * field, sum_z)
+        if stats.max_before_label is not None:
             tl.store(slot + 5 * field, before)
 
 
@@ -203,15 +207,15 @@ def combine_kernel(
     field = tl.num_programs(0).to(tl.int64) * SPLITS
     top = tl.load(slots)
     sumexp = tl.load(slots + field)
-    weighted = tl.load(slots + 2 * field) if stats.weighted is not None else sumexp
-    squares = tl.load(slots + 3 * field) if stats.squares is not None else sumexp
-    total = tl.load(slots + 4 * field) if stats.total is not None else sumexp
-    before = tl.load(slots + 5 * field) if stats.top_before is not None else sumexp
-    top, sumexp, weighted, squares = _reduce_lanes(stats, top, sumexp, weighted, squares, outer * LOG2E)
+    sum_exp_z = tl.load(slots + 2 * field) if stats.sum_exp_z is not None else sumexp
+    sum_sq_exp = tl.load(slots + 3 * field) if stats.sum_sq_exp is not None else sumexp
+    sum_z = tl.load(slots + 4 * field) if stats.sum_z is not None else sumexp
+    before = tl.load(slots + 5 * field) if stats.max_before_label is not None else sumexp
+    top, sumexp, sum_exp_z, sum_sq_exp = _reduce_lanes(stats, top, sumexp, sum_exp_z, sum_sq_exp, outer * LOG2E)
     u_label = _label_u(row, label, first_column, columns, inner, SOFTCAP)
-    total = tl.sum(total, axis=0)
+    sum_z = tl.sum(sum_z, axis=0)
     before = tl.max(before, axis=0)
-    _finish(stats, at, u_label, top, sumexp, weighted, squares, total, before, outer, RUNNING)
+    _finish(stats, at, u_label, top, sumexp, sum_exp_z, sum_sq_exp, sum_z, before, outer, RUNNING)
 
 
 @triton.jit
@@ -226,7 +230,7 @@ def _label_and_row(logits, labels, logits_strides, labels_strides, at, length, i
 
 @triton.jit
 def _fold(
-    stats, u, top, sumexp, weighted, squares, scale,
+    stats, u, top, sumexp, sum_exp_z, sum_sq_exp, scale,
     VECTOR: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Fold a block [STEPS * LANES * VECTOR] into each lane's statistics; `scale` takes differences of u to bits."""
@@ -234,14 +238,14 @@ def _fold(
     new_top = tl.maximum(top, tl.max(tl.max(u, axis=2), axis=0))
     away = (u - new_top[None, :, None]) * scale
     weights = tl.exp2(away)
-    sumexp, weighted, squares = _lower(stats, sumexp, weighted, squares, (top - new_top) * scale)
+    sumexp, sum_exp_z, sum_sq_exp = _lower(stats, sumexp, sum_exp_z, sum_sq_exp, (top - new_top) * scale)
     sumexp += tl.sum(tl.sum(weights, axis=2), axis=0)
-    if stats.weighted is not None:
+    if stats.sum_exp_z is not None:
         terms = weights * tl.maximum(away, -1e4)  # finite, so that 0 times it is 0
-        weighted += tl.sum(tl.sum(terms, axis=2), axis=0)
-    if stats.squares is not None:
-        squares += tl.sum(tl.sum(weights * weights, axis=2), axis=0)
-    return new_top, sumexp, weighted, squares
+        sum_exp_z += tl.sum(tl.sum(terms, axis=2), axis=0)
+    if stats.sum_sq_exp is not None:
+        sum_sq_exp += tl.sum(tl.sum(weights * weights, axis=2), axis=0)
+    return new_top, sumexp, sum_exp_z, sum_sq_exp
 
 
 @triton.jit
@@ -255,22 +259,22 @@ def _lane_max(u, VECTOR: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr)
 
 
 @triton.jit
-def _lower(stats, sumexp, weighted, squares, bits):
+def _lower(stats, sumexp, sum_exp_z, sum_sq_exp, bits):
     """Sums of 2^a, 2^a * a and 4^a once `bits` (<= 0, or a rounding error) is added to every a."""
     factor = tl.exp2(bits)
-    if stats.weighted is not None:
-        weighted = tl.where(factor > 0, (weighted + sumexp * bits) * factor, 0.0)
-    if stats.squares is not None:
-        squares = squares * factor * factor
-    return sumexp * factor, weighted, squares
+    if stats.sum_exp_z is not None:
+        sum_exp_z = tl.where(factor > 0, (sum_exp_z + sumexp * bits) * factor, 0.0)
+    if stats.sum_sq_exp is not None:
+        sum_sq_exp = sum_sq_exp * factor * factor
+    return sumexp * factor, sum_exp_z, sum_sq_exp
 
 
 @triton.jit
-def _reduce_lanes(stats, top, sumexp, weighted, squares, scale):
+def _reduce_lanes(stats, top, sumexp, sum_exp_z, sum_sq_exp, scale):
     """One row's statistics from its lanes'."""
     row_top = tl.max(top, axis=0)
-    sumexp, weighted, squares = _lower(stats, sumexp, weighted, squares, (top - row_top) * scale)
-    return row_top, tl.sum(sumexp, axis=0), tl.sum(weighted, axis=0), tl.sum(squares, axis=0)
+    sumexp, sum_exp_z, sum_sq_exp = _lower(stats, sumexp, sum_exp_z, sum_sq_exp, (top - row_top) * scale)
+    return row_top, tl.sum(sumexp, axis=0), tl.sum(sum_exp_z, axis=0), tl.sum(sum_sq_exp, axis=0)
 
 
 @triton.jit
@@ -282,29 +286,29 @@ def _label_u(row, label, first_column, columns, inner, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _finish(stats, at, u_label, top, sumexp, weighted, squares, total, before, outer, RUNNING: tl.constexpr):
+def _finish(stats, at, u_label, top, sumexp, sum_exp_z, sum_sq_exp, sum_z, before, outer, RUNNING: tl.constexpr):
     """Turn a row's statistics in u and bits into RowStats, merge them with the running ones, and store."""
     label_logit = u_label * outer
     logp = (u_label - top) * outer - tl.log(sumexp)
     z_top = top * outer
     # sumexp belongs to the exact maximum; refer it to the rounded one that is stored.
     rounding = tl.where(sumexp > 0, tl.fma(top, outer, -z_top), 0.0)
-    sumexp, weighted, squares = _lower(stats, sumexp, weighted, squares, rounding * LOG2E)
+    sumexp, sum_exp_z, sum_sq_exp = _lower(stats, sumexp, sum_exp_z, sum_sq_exp, rounding * LOG2E)
     z_top = tl.where(sumexp == 0, float("-inf"), z_top)
     if RUNNING:
         old_top = tl.load(stats.max + at)
         new_top = tl.maximum(old_top, z_top)
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
         old_sumexp = tl.load(stats.sumexp + at)
-        old_weighted = tl.load(stats.weighted + at) * LOG2E if stats.weighted is not None else weighted
-        old_squares = tl.load(stats.squares + at) if stats.squares is not None else squares
-        old_sumexp, old_weighted, old_squares = _lower(
-            stats, old_sumexp, old_weighted, old_squares, (old_top - finite) * LOG2E
+        old_sum_exp_z = tl.load(stats.sum_exp_z + at) * LOG2E if stats.sum_exp_z is not None else sum_exp_z
+        old_sum_sq_exp = tl.load(stats.sum_sq_exp + at) if stats.sum_sq_exp is not None else sum_sq_exp
+        old_sumexp, old_sum_exp_z, old_sum_sq_exp = _lower(
+            stats, old_sumexp, old_sum_exp_z, old_sum_sq_exp, (old_top - finite) * LOG2E
         )
-        sumexp, weighted, squares = _lower(stats, sumexp, weighted, squares, (z_top - finite) * LOG2E)
+        sumexp, sum_exp_z, sum_sq_exp = _lower(stats, sumexp, sum_exp_z, sum_sq_exp, (z_top - finite) * LOG2E)
         sumexp += old_sumexp
-        weighted += old_weighted
-        squares += old_squares
+        sum_exp_z += old_sum_exp_z
+        sum_sq_exp += old_sum_sq_exp
         z_top = new_top
         label_logit = tl.maximum(label_logit, tl.load(stats.label_logit + at))
         logp = (label_logit - z_top) - tl.log(sumexp)
@@ -314,16 +318,18 @@ def _finish(stats, at, u_label, top, sumexp, weighted, squares, total, before, o
     tl.store(stats.max + at, z_top)
     tl.store(stats.sumexp + at, sumexp)
     tl.store(stats.label_logit + at, label_logit)
-    if stats.weighted is not None:
-        tl.store(stats.weighted + at, weighted * LN2)
-    if stats.squares is not None:
-        tl.store(stats.squares + at, squares)
-    if stats.total is not None:
-        total *= outer
-        tl.store(stats.total + at, total + tl.load(stats.total + at) if RUNNING else total)
-    if stats.top_before is not None:
+    if stats.sum_exp_z is not None:
+        tl.store(stats.sum_exp_z + at, sum_exp_z * LN2)
+    if stats.sum_sq_exp is not None:
+        tl.store(stats.sum_sq_exp + at, sum_sq_exp)
+    if stats.sum_z is not None:
+        sum_z *= outer
+        tl.store(stats.sum_z + at, sum_z + tl.load(stats.sum_z + at) if RUNNING else sum_z)
+    if stats.max_before_label is not None:
         before *= outer
-        tl.store(stats.top_before + at, tl.maximum(before, tl.load(stats.top_before + at)) if RUNNING else before)
+        tl.store(
+            stats.max_before_label + at, tl.maximum(before, tl.load(stats.max_before_label + at)) if RUNNING else before
+        )
 
 
 @triton.jit
@@ -332,14 +338,14 @@ def _store_unscored(stats, at):
     tl.store(stats.max + at, 0.0)
     tl.store(stats.sumexp + at, 1.0)
     tl.store(stats.label_logit + at, 0.0)
-    if stats.weighted is not None:
-        tl.store(stats.weighted + at, 0.0)
-    if stats.squares is not None:
-        tl.store(stats.squares + at, 1.0)
-    if stats.total is not None:
-        tl.store(stats.total + at, 0.0)
-    if stats.top_before is not None:
-        tl.store(stats.top_before + at, 0.0)
+    if stats.sum_exp_z is not None:
+        tl.store(stats.sum_exp_z + at, 0.0)
+    if stats.sum_sq_exp is not None:
+        tl.store(stats.sum_sq_exp + at, 1.0)
+    if stats.sum_z is not None:
+        tl.store(stats.sum_z + at, 0.0)
+    if stats.max_before_label is not None:
+        tl.store(stats.max_before_label + at, 0.0)
 
 
 def _contiguous(running: RowStats) -> RowStats:
