@@ -6,14 +6,12 @@ import hypothesis
 import pytest
 import torch
 
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is first imported
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # no graph of an older version of the package
 
 import row_cases  # noqa: E402
-
 from rpo_kernels.kernels import dispatch  # noqa: E402
 
 hypothesis.settings.register_profile("untimed", deadline=None, derandomize="CI" in os.environ)
