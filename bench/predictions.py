@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from rpo_kernels import memory_plan
+from rpo_kernels.head.evaluation_plan import WIDEST
 
 PROCESSORS, TFLOPS_A_PROCESSOR = 132, 6.17  # 790 TFLOP/s of bfloat16 at 8192^3, 97% of the waves full
 BYTES, L2_BYTES = 4.1e6, 6.5e6  # a microsecond, from memory and from the L2 cache
@@ -24,6 +25,11 @@ SPLITS = (1, 2, 4, 8)
 # Host time of one step forward, of one kept tile backward, and of what a call does once.
 HOST_STEP, HOST_TILE, HOST_CALL = 60.0, 50.0, 400.0
 INSTRUCTIONS_A_COLUMN = {False: 18.0, True: 41.0}  # of the tile kernel, counted in sm_90 code; with a softcap
+# Of the product with the softmax in its epilogue, which nothing overlaps: its rate beside cuBLAS's, and instructions a
+# column, counted in sm_90 code; with a softcap.
+FUSED_RATE, FUSED_INSTRUCTIONS = 0.8, {False: 13.0, True: 37.0}
+FUSED_BLOCK = (128, 256)
+PASS_INSTRUCTIONS = {False: 7.2, True: 28.2}  # of `row_stats`, a column
 ROWS = (2048, 8192, 32768, 131072)
 
 
@@ -99,6 +105,30 @@ def walk(rows: int, model: Model, *, frozen: bool = False, budget: str = "100GB"
     return total
 
 
+def evaluate(rows: int, model: Model, *, fused: bool) -> float:
+    """Microseconds without gradients: a product and a pass over its logits a tile, or one product with that inside."""
+    chunks, tile = _spans(rows, 8192), 8192
+    total = HOST_CALL + elementwise(rows * model.width * 4)
+    for n in chunks:
+        if fused:
+            total += max(HOST_STEP, _fused_product(n, model)) + elementwise(n * math.ceil(model.vocab / 256) * 8)
+            continue
+        for v in _spans(model.vocab, tile):
+            instructions = n * v * PASS_INSTRUCTIONS[model.capped] / INSTRUCTIONS
+            one_pass = RAMP + max(n * v * 4 * (0.9 / BYTES + 0.1 / L2_BYTES), instructions)
+            total += max(HOST_STEP / 2, product(n, v, model.width) + one_pass)
+    return total
+
+
+def _fused_product(rows: int, model: Model) -> float:
+    """Persistent programs, so that only the last wave is not full."""
+    height, width = FUSED_BLOCK
+    blocks = math.ceil(rows / height) * math.ceil(model.vocab / width)
+    main = 2 * height * width * model.width / (TFLOPS_A_PROCESSOR * FUSED_RATE * 1e6)
+    epilogue = height * width * FUSED_INSTRUCTIONS[model.capped] / (INSTRUCTIONS / PROCESSORS)
+    return 3 + math.ceil(blocks / PROCESSORS) * (main + epilogue)
+
+
 def _forward_step(n: int, v: int, model: Model, marks: bool) -> float:
     kernel = RAMP + n * v * 4 * (0.9 / BYTES + 0.1 / L2_BYTES) + (0 if marks else n * v * 2 / BYTES)
     kernel = max(kernel, n * v * INSTRUCTIONS_A_COLUMN[model.capped] / INSTRUCTIONS + RAMP)
@@ -125,8 +155,12 @@ def table() -> str:
         "From `bench/predictions.py`, a cost model whose constants are assumptions. bfloat16; one head GEMM in",
         "milliseconds, all else forward and backward in head GEMMs. The floor is 3, and 2 with a frozen head.",
         "",
-        "| model | rows | head GEMM, ms | trained | frozen | 64 MB budget | filter, 14% active | filter, 28% active |",
-        "|---|---|---|---|---|---|---|---|",
+        "Without gradients: a product and a pass over its logits a tile, or one product with the softmax inside, which",
+        f"is taken up to a width of {WIDEST} without a softcap.",
+        "",
+        "| model | rows | head GEMM, ms | trained | frozen | 64 MB budget | filter, 14% active | filter, 28% active "
+        "| no gradients, in two | in one |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, model in MODELS.items():
         for rows in ROWS:
@@ -137,6 +171,8 @@ def table() -> str:
                 walk(rows, model, budget="64MB"),
                 walk(rows, model, share=0.136),
                 walk(rows, model, share=0.281),
+                evaluate(rows, model, fused=False),
+                evaluate(rows, model, fused=True),
             )
             numbers = " | ".join(f"{case / unit:.2f}" for case in cases)
             lines.append(f"| {name} | {rows:,} | {unit / 1000:.2f} | {numbers} |")

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from rpo_kernels.fused import kernel as fused_kernel
 from rpo_kernels.fused.kernel import SequenceReduction, Tokens
 from rpo_kernels.kernels.interface import OUTPUT_FIELDS, RowStats
-from rpo_kernels.kernels.triton import grad, stats
+from rpo_kernels.kernels.triton import grad, product, stats
 from rpo_kernels.kernels.triton import softmax as tile_softmax
 from rpo_kernels.kernels.triton import tiling as tilings
 
@@ -50,6 +50,7 @@ class Build(NamedTuple):
     columns_a_thread: int = 0  # in one iteration of the main loop
     vocabularies: tuple[int, ...] = ()  # that this build serves
     aligned: tuple[str, ...] = ()  # arguments that are multiples of 16
+    num_stages: int = 3
 
     def compile(self, target: GPUTarget) -> Any:
         signature = {name: self.signature.get(name, "constexpr") for name in self.kernel.arg_names}
@@ -57,11 +58,14 @@ class Build(NamedTuple):
         constants |= dict.fromkeys(self.absent)
         attributes = {(self.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
         source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
-        return triton.compile(source, target=target, options=dict(num_warps=self.num_warps, enable_fp_fusion=True))
+        return triton.compile(source, target=target, options=self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
 
 
 def builds(target: GPUTarget) -> list[Build]:
-    return row_builds(target) + tile_builds() + sequence_builds()
+    return row_builds(target) + tile_builds() + product_builds(target) + sequence_builds()
 
 
 def row_builds(target: GPUTarget) -> list[Build]:
@@ -97,7 +101,7 @@ def row_stats(dtype, columns, target, softcap=False, outputs=(), running=False, 
     flags = dict(SOFTCAP=softcap, SHIFT=False, RUNNING=running)
     asked = "all outputs" if outputs == ALL else " ".join(outputs) or "none"
     name = _name("row_stats", dtype, shape, softcap=softcap, running=running, split=split, **{asked: bool(outputs)})
-    absent = ([] if split else [(3,)]) + [(2, i) for i, x in enumerate(signature["stats"]) if x == ABSENT]
+    absent = ([] if split else [(3,)]) + _absent_fields(stats.row_stats_kernel, signature)
     per_thread = tiling.vector * tiling.steps
     return Build(name, stats.row_stats_kernel, signature, flags | shape, absent, num_warps, per_thread)
 
@@ -166,6 +170,30 @@ def tile_step(columns, softcap=False, full=True, marks=False) -> Build:
     name = _name("tile", str(columns), {}, softcap=softcap, masked=not full, marks=marks)
     aligned = [name for name in ("logits", "out", "sums", "logits_stride", "out_stride") if name in signature]
     return Build(name, kernel, signature, flags, absent, max(1, columns // 1024), aligned=tuple(aligned))
+
+
+def product_builds(target: GPUTarget) -> list[Build]:
+    """The head's product with the softmax in its epilogue, for a head of width 640, and the merging of its blocks."""
+    every = [product_step(target), product_step(target, dtype="fp16"), product_step(target, softcap=True, bias=True)]
+    signature = dict(partial="*fp32", of_labels="*fp32", **_stats_fields(()), labels="*i64", outer="fp32")
+    signature |= dict.fromkeys(("rows", "vocab", "blocks"), "i32")
+    flags = dict(ROWS=product.MERGED_ROWS, BLOCKS=product.MERGED_BLOCKS)
+    absent = _absent_fields(product.merge_kernel, signature)
+    return [*every, Build("merge", product.merge_kernel, signature, flags, absent, 4)]
+
+
+def product_step(target: GPUTarget, dtype="bf16", softcap=False, bias=False) -> Build:
+    kernel = product.product_kernel
+    blocks = product.AMD if target.backend == "hip" else product.HOPPER if target.arch == 90 else product.NVIDIA
+    signature = dict(hidden=f"tensordesc<{dtype}[{blocks.rows}, {blocks.inner}]>")
+    signature |= dict(weight=f"tensordesc<{dtype}[{blocks.columns}, {blocks.inner}]>", labels="*i64")
+    signature |= dict(partial="*fp32", of_labels="*fp32") | (dict(bias="*" + dtype) if bias else {})
+    signature |= dict(rows="i32", vocab="i32", inner="fp32", outer="fp32")
+    flags = dict(SOFTCAP=softcap, WIDTH=640, ROWS=blocks.rows, COLUMNS=blocks.columns, INNER=blocks.inner, UPCAST=False)
+    absent = [] if bias else [(kernel.arg_names.index("bias"),)]
+    name = _name("product", dtype, blocks._asdict(), softcap=softcap, bias=bias)
+    aligned = ("labels", "partial", "of_labels")
+    return Build(name, kernel, signature, flags, absent, blocks.warps, aligned=aligned, num_stages=blocks.stages)
 
 
 def sequence_builds() -> list[Build]:
@@ -261,10 +289,18 @@ def _tiling(columns, vector, target):
 
 
 def _stats_arguments(outputs: tuple[str, ...]) -> dict[str, Any]:
-    wanted = {*RowStats._fields[:4], *(OUTPUT_FIELDS[name] for name in outputs)}
-    stats = RowStats(*("*fp32" if name in wanted else ABSENT for name in RowStats._fields))  # type: ignore[arg-type]
     strides = dict(logits_strides=STRIDES, labels_strides=STRIDES)
-    return dict(labels="*i64", stats=stats, inner="fp32", outer="fp32", **strides, **INTEGERS)
+    return dict(labels="*i64", inner="fp32", outer="fp32", **_stats_fields(outputs), **strides, **INTEGERS)
+
+
+def _absent_fields(kernel: Any, signature: dict[str, Any]) -> list[tuple[int, ...]]:
+    at = kernel.arg_names.index("stats")
+    return [(at, i) for i, x in enumerate(signature["stats"]) if x == ABSENT]
+
+
+def _stats_fields(outputs: tuple[str, ...]) -> dict[str, Any]:
+    wanted = {*RowStats._fields[:4], *(OUTPUT_FIELDS[name] for name in outputs)}
+    return dict(stats=RowStats(*("*fp32" if name in wanted else ABSENT for name in RowStats._fields)))  # type: ignore
 
 
 def _name(kernel: str, dtype: str, shape: dict[str, int], **flags: bool) -> str:

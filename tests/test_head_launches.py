@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rpo_kernels import linear_token_logprobs
-from rpo_kernels.head import plan
+from rpo_kernels.head import evaluation_plan, plan
 from test_launches import FREE
 
 WAITS = {"aten::nonzero", "aten::_local_scalar_dense"}  # on a GPU the host waits in these
@@ -76,6 +76,15 @@ def test_launches_a_tile(counts, options, forward, backward):
     few, many = counts(3, 1, **options), counts(7, 1, **options)
     assert (many[0] - few[0]) / 4 == forward
     assert (many[1] - few[1]) / 4 == backward
+
+
+def test_launches_without_gradients_on_a_narrow_head(counts, monkeypatch):
+    """Rows gathered, the product, the merging of its blocks: three a chunk, whatever the vocabulary."""
+    monkeypatch.setattr(evaluation_plan, "pays", lambda *_: True)
+    monkeypatch.setattr(evaluation_plan, "CHUNK_ROWS", 16)
+    few, more, many = (counts(*size, hidden=False, weight=False)[0] for size in ((3, 1), (7, 1), (3, 5)))
+    assert few == more
+    assert (many - few) / 4 == 3
 
 
 def test_host_waits_once_a_forward_and_never_in_backward(counts):

@@ -215,6 +215,7 @@ def _forward(
         entropy_grad=entropy_grad,
         device=hidden.device,
         backend=head.backend_name,
+        weight_aligned=head.aligned,
     )
     result = walk_for(head, needs).forward(head, rows, plan, needs)
 

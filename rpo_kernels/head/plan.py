@@ -12,8 +12,10 @@ import torch
 
 from ..kernels import native_head
 from ..kernels.interface import row_length
+from . import evaluation_plan
 from .budget import parse_budget
 from .cpu_plan import CpuWork
+from .evaluation_plan import EvaluationWork
 
 EDGE = 256  # tiles of the vocabulary begin at multiples of this
 DENSE_SHARE = 0.6  # above this share of active columns, a dense product over all costs less than gathering them
@@ -73,6 +75,7 @@ def memory_plan(
     entropy_grad: bool = True,
     device: torch.device | str = "cpu",
     backend: str | None = None,
+    weight_aligned: bool = True,
 ) -> MemoryPlan:
     """Plan the head level's work within a memory budget.
 
@@ -89,6 +92,7 @@ def memory_plan(
         outputs, entropy_grad: as in `linear_token_logprobs`.
         device: where the work runs.
         backend: `"torch"` counts the copies of a tile that the torch reference makes and the other backends do not.
+        weight_aligned: whether the weight's rows are contiguous and begin at multiples of 16 bytes, as a parameter's.
 
     Returns:
         `MemoryPlan`.
@@ -108,9 +112,13 @@ def memory_plan(
     of_entropy = entropy_grad and "entropy" in outputs
     defers = gradient_filter is not None or (of_entropy and (needs_hidden or needs_weight))
     needs = needs_hidden, needs_weight, defers
-    work: CpuWork | _Work
+    work: CpuWork | EvaluationWork | _Work
     if not outputs and native_head.serves(device.type, dtype, backend):
         work = CpuWork(*sizes, *needs)
+    elif not (outputs or needs_hidden or needs_weight) and evaluation_plan.serves(
+        device, dtype, backend, width=hidden, capped=softcap is not None, aligned=weight_aligned
+    ):
+        work = EvaluationWork(*sizes, dtype.itemsize)
     else:
         work = _Work(
             *sizes,
@@ -126,7 +134,7 @@ def memory_plan(
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(work: "CpuWork | _Work", budget: int) -> MemoryPlan:
+def _plan(work: "CpuWork | EvaluationWork | _Work", budget: int) -> MemoryPlan:
     chunk, tile = work.shape(budget)
     tiles = math.ceil(work.vocab / tile)
     kept = 0

@@ -32,6 +32,12 @@ class Head:
         """As GEMMs read their operands."""
         return operand_dtype(self.weight.dtype, self.weight.device)
 
+    @property
+    def aligned(self) -> bool:
+        """Whether rows of the weight are contiguous and begin at multiples of 16 bytes."""
+        across, along = self.weight.stride()
+        return along == 1 and across * self.weight.itemsize % 16 == 0 and self.weight.data_ptr() % 16 == 0
+
     @functools.cached_property
     def exact_dtype(self) -> torch.dtype:
         """Of statistics and accumulated gradients."""
@@ -65,7 +71,11 @@ class Head:
 
     def gather(self, positions: Tensor) -> Tensor:
         """Hidden states that predict the labels at these positions, `[n, H]`, as GEMMs read them."""
-        return self.hidden.index_select(0, positions - int(self.options.shift)).to(self.operand_dtype)
+        return self.take(positions).to(self.operand_dtype)
+
+    def take(self, positions: Tensor) -> Tensor:
+        """Hidden states that predict the labels at these positions, `[n, H]`."""
+        return self.hidden.index_select(0, positions - 1 if self.options.shift else positions)
 
     def label_logits(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Transformed logits of some rows' labels, `[n]`; -inf for a label out of range."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..kernels import native_head
-from . import cpu
+from . import cpu, evaluation
 from .backward import backward
 from .forward import forward
 from .schedule import Forward, Needs
@@ -30,4 +30,6 @@ def walk_for(head: Head, needs: Needs) -> Walk:
     # The fused CPU walk has no outputs beside the log-probabilities yet.
     if not needs.outputs and native_head.serves(head.weight.device.type, head.weight.dtype, head.backend):
         return Walk(cpu.forward, cpu.backward)
+    if evaluation.serves(head, needs):
+        return Walk(evaluation.forward, backward)
     return Walk(forward, backward)

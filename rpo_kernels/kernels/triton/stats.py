@@ -163,7 +163,7 @@ def row_stats_kernel(
     before = tl.max(before, axis=0)
     if partial is None:
         u_label = _label_u(row, label, first_column, columns, inner, SOFTCAP)
-        _finish(stats, at, u_label, top, sumexp, sum_exp_z, sum_sq_exp, sum_z, before, outer, RUNNING)
+        finish_row(stats, at, u_label, top, sumexp, sum_exp_z, sum_sq_exp, sum_z, before, outer, RUNNING)
     else:
         slot = partial + split.to(tl.int64) * tl.num_programs(0) + at
         field = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
@@ -215,7 +215,7 @@ def combine_kernel(
     u_label = _label_u(row, label, first_column, columns, inner, SOFTCAP)
     sum_z = tl.sum(sum_z, axis=0)
     before = tl.max(before, axis=0)
-    _finish(stats, at, u_label, top, sumexp, sum_exp_z, sum_sq_exp, sum_z, before, outer, RUNNING)
+    finish_row(stats, at, u_label, top, sumexp, sum_exp_z, sum_sq_exp, sum_z, before, outer, RUNNING)
 
 
 @triton.jit
@@ -286,7 +286,7 @@ def _label_u(row, label, first_column, columns, inner, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _finish(stats, at, u_label, top, sumexp, sum_exp_z, sum_sq_exp, sum_z, before, outer, RUNNING: tl.constexpr):
+def finish_row(stats, at, u_label, top, sumexp, sum_exp_z, sum_sq_exp, sum_z, before, outer, RUNNING: tl.constexpr):
     """Turn a row's statistics in u and bits into RowStats, merge them with the running ones, and store."""
     label_logit = u_label * outer
     logp = (u_label - top) * outer - tl.log(sumexp)

@@ -1,0 +1,73 @@
+"""Which calls without gradients take the fused product (`head.evaluation`), how they are cut, and their bytes."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+CHUNK_ROWS, LEAST_ROWS = 8192, 1024
+COLUMNS = 128  # of a block at least: two float32 numbers a row and block
+# By the cost model (bench/predictions.py), of which nothing was measured: the widest head of which the time that its
+# product loses to cuBLAS's is less than what the logits take to memory and back.
+WIDEST = 1536
+_MODELLED = 9  # the compute capability of which the model speaks
+_SMALL = 2048  # tensors of a few numbers
+
+
+def serves(
+    device: torch.device, dtype: torch.dtype, backend: str | None, *, width: int, capped: bool, aligned: bool
+) -> bool:
+    """Whether calls of such a head, without gradients and outputs, take the fused product."""
+    suits = backend in (None, "triton") and aligned and width % 8 == 0
+    return suits and pays(device, dtype, width, capped)
+
+
+def pays(device: torch.device, dtype: torch.dtype, width: int, capped: bool) -> bool:
+    """Whether the model predicts less time than a product and a pass over its logits; with a softcap it does not."""
+    if device.type != "cuda" or torch.version.hip or dtype.itemsize != 2:
+        return False
+    return width <= WIDEST and not capped and _capability(device) == _MODELLED
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """Its first number; of a GPU that is not here, that of the model's."""
+    return torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else _MODELLED
+
+
+@dataclass(frozen=True)
+class EvaluationWork:
+    """Sizes of one call, and the bytes of what the walk allocates for it."""
+
+    rows: int
+    positions: int
+    hidden: int
+    vocab: int
+    item: int  # bytes of an element of hidden states and weight
+    needs_hidden = needs_weight = filtered = may_keep = False
+
+    def shape(self, budget: int) -> tuple[int, int]:
+        """Rows a chunk, as many as the budget allows, and all columns."""
+        chunk = min(CHUNK_ROWS, max(1, self.rows))
+        while chunk > LEAST_ROWS and self.forward_bytes(chunk, self.vocab, 0) > budget:
+            chunk = max(LEAST_ROWS, math.ceil(chunk / 2))
+        return chunk, self.vocab
+
+    def forward_bytes(self, chunk: int, tile: int, kept: int) -> int:
+        """Peak of the forward pass."""
+        of_blocks = 8 * math.ceil(self.vocab / COLUMNS) + 4
+        return self.kept_bytes(chunk, tile, kept) + chunk * (8 + self.hidden * self.item + of_blocks)
+
+    peak_bytes = forward_bytes
+
+    def backward_bytes(self, chunk: int, tile: int, kept: int) -> int:
+        """There is no backward pass."""
+        return 0
+
+    def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
+        """Positions, labels and statistics of rows; results of positions."""
+        return _SMALL + self.rows * 40 + self.positions * 5
+
+    def gradient_bytes(self) -> int:
+        return 0
