@@ -45,7 +45,7 @@ def token_logprobs(
             `save_on_cpu`), and with `create_graph`, the gradient has its own memory. Rows must not share memory
             (`expand`, `as_strided`).
         outputs: names of what else to return, any of `"entropy"`, `"mean_logit"`, `"is_top1"`, `"log_sum_sq_probs"`
-            and `"dropped"` (0 here), from the same pass over the logits. Goes without `rows`.
+            and `"dropped"` (0 here), from the same pass over the logits.
         backend: `"triton"`, `"native"`, `"torch"`, or None for the fastest one on the logits' device.
 
     Returns:
@@ -68,13 +68,12 @@ def token_logprobs(
     asked = Asked.check(outputs)
     _check(logits, labels, rows, shift)
     dispatch.check_backend(backend)
-    if rows is not None and outputs:
-        raise ValueError(f"outputs go without rows, which shares a row among labels; got outputs={outputs!r}")
     if inplace_backward:
         _check_no_overlap(logits)
     if rows is not None:
         check_label_range(labels, logits.shape[-1], ignore_index)
-        return shared_token_logprobs(logits, labels, rows, options, inplace_backward, backend)
+        shared = shared_token_logprobs(logits, labels, rows, options, asked, inplace_backward, backend)
+        return shared if outputs else shared.logps  # type: ignore[return-value]
     # [..., T, V] and [..., T] as [B, T, V] and [B, T]; views wherever strides allow.
     batches = logits.flatten(0, -3) if labels.ndim > 1 else logits.unsqueeze(0)
     targets = labels.flatten(0, -2) if labels.ndim > 1 else labels.unsqueeze(0)

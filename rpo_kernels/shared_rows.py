@@ -4,8 +4,9 @@ With `g_n = dL/dlogp_n` and S the labels of one row, the row's gradient is
 
     dL/dz = sum_{n in S} g_n onehot(y_n) - (sum_{n in S} g_n) softmax(z)
 
-so one pass over the logits serves all labels: the row kernels see each row with its first label and the sum of the
-gradients, and the few entries at the labels are written afterwards. No atomics: the bits are the same in every run.
+so one pass over the logits serves all labels: the row kernels see each row with one of its labels, the row's lead, and
+the sum of the gradients, and the few entries at the labels are written afterwards. No atomics: the bits are the same in
+every run.
 """
 
 from collections.abc import Sequence
@@ -17,15 +18,17 @@ from torch import Tensor
 from ._checks import INTEGER, check_device, check_tensor, checks_values
 from ._registration import TOKEN_OPTIONS, register, register_overwriting, saves_without_hooks
 from .kernels import dispatch, reference
-from .kernels.interface import RowStats, TokenOptions
+from .kernels.interface import EntropyGrad, RowStats, TokenOptions
+from .outputs import Asked, TokenOutputs, pack, pack_empty
 
 
 class Saved(NamedTuple):
     """What backward needs of forward: of N labels, and of T rows, each with its first label."""
 
     logps: Tensor  # [N]
+    entropy: Tensor  # [N], of the labels' rows; empty if not asked for
     label_logits: Tensor  # [N]
-    first: Tensor  # [T] index of the row's first label; N for a row without
+    lead: Tensor  # [T] index of the row's lead; N for a row without labels
     row_logps: Tensor  # [T]
     max: Tensor  # [T]
     sumexp: Tensor  # [T]
@@ -60,18 +63,39 @@ def take_rows(name: str, hidden: Tensor, rows: Tensor, labels: Tensor, shift: bo
 
 
 def shared_token_logprobs(
-    logits: Tensor, labels: Tensor, rows: Tensor, options: TokenOptions, inplace_backward: bool, backend: str | None
-) -> Tensor:
+    logits: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    options: TokenOptions,
+    asked: Asked,
+    inplace_backward: bool,
+    backend: str | None,
+) -> TokenOutputs:
     """`token_logprobs(logits[rows], labels)` for checked `[T, V]` logits and `[N]` labels, without copying logits."""
-    logps, *_ = shared_token_logprobs_op(
-        logits, labels, rows.long(), **options._asdict(), inplace_backward=inplace_backward, backend=backend
+    *saved, others = shared_token_logprobs_op(
+        *(logits, labels, rows.long()),
+        **options._asdict(),
+        inplace_backward=inplace_backward,
+        outputs=asked.statistics,
+        backend=backend,
     )
-    return logps
+    results = Saved(*saved)
+    return asked.unpack(results.logps, results.entropy, others, None)
 
 
 def _first_labels(counted: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     index = torch.where(counted, torch.arange(len(rows), device=rows.device), len(rows))
     return index.new_full((num_rows,), len(rows)).scatter_reduce_(0, rows, index, "amin")
+
+
+def _likeliest_labels(counted: Tensor, labels: Tensor, z: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """The only ones that can be their rows' predictions: of the largest z, among equal ones of the first column."""
+    values = z.masked_fill(~counted, -torch.inf)
+    largest = values.new_full((num_rows,), -torch.inf).scatter_reduce_(0, rows, values, "amax")
+    equal = counted & (values < largest[rows]).logical_not_()  # a NaN too
+    columns = labels.long().masked_fill(~equal, torch.iinfo(torch.int64).max)
+    first = columns.new_full((num_rows,), torch.iinfo(torch.int64).max).scatter_reduce_(0, rows, columns, "amin")
+    return _first_labels(equal & (columns == first[rows]), rows, num_rows)
 
 
 def _at(values: Tensor, index: Tensor, missing: float) -> Tensor:
@@ -106,20 +130,53 @@ def _counted(logits: Tensor, labels: Tensor, options: TokenOptions) -> Tensor:
 
 
 def _forward(
-    logits: Tensor, labels: Tensor, rows: Tensor, *, inplace_backward: bool, backend: str | None, **token_options: Any
-) -> Saved:
+    logits: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    *,
+    inplace_backward: bool,
+    outputs: Sequence[str],
+    backend: str | None,
+    **token_options: Any,
+) -> tuple[Tensor, ...]:
     options = TokenOptions(**token_options)
-    ignore_index = options.ignore_index
     counted = _counted(logits, labels, options)
-    first = _first_labels(counted, rows, len(logits))
-    stats = dispatch.rows(logits, backend).row_stats(logits[None], _at(labels, first, ignore_index)[None], options)
+    label_logits = logits[rows, torch.where(counted, labels, 0).long()]
+    label_logits = label_logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = reference.transform(label_logits, options)
+    if "is_top1" in outputs:
+        lead = _likeliest_labels(counted, labels, z, rows, len(logits))
+    else:
+        lead = _first_labels(counted, rows, len(logits))
+    row_labels = _at(labels, lead, options.ignore_index)
+    stats = dispatch.rows(logits, backend).row_stats(logits[None], row_labels[None], options, outputs=tuple(outputs))
     row_logps, top, sumexp = (x[0] for x in (stats.logp, stats.max, stats.sumexp))
-    label_logits = logits[rows, torch.where(counted, labels, 0).long()].to(row_logps.dtype)
-    others = reference.transform(label_logits, options) - top[rows] - sumexp[rows].log()
-    is_first = first[rows] == torch.arange(len(rows), device=rows.device)
-    logps = torch.where(is_first, row_logps[rows], others).masked_fill(~counted, -torch.inf)
-    logps = logps.masked_fill(labels == ignore_index, 0)
-    return Saved(logps, label_logits, first, row_logps.clone(), top.clone(), sumexp.clone())
+    is_lead = lead[rows] == torch.arange(len(rows), device=rows.device)
+    logps = torch.where(is_lead, row_logps[rows], z - top[rows] - sumexp[rows].log()).masked_fill(~counted, -torch.inf)
+    logps = logps.masked_fill(labels == options.ignore_index, 0)
+    entropy, outputs_of_labels = _of_labels(stats, outputs, logits.shape[1], labels, row_labels, rows, counted)
+    return *Saved(logps, entropy, label_logits, lead, row_logps.clone(), top.clone(), sumexp.clone()), outputs_of_labels
+
+
+def _of_labels(
+    stats: RowStats,
+    outputs: Sequence[str],
+    vocab: int,
+    labels: Tensor,
+    row_labels: Tensor,
+    rows: Tensor,
+    counted: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Entropy `[N]` and the other outputs `[k, N]` of the labels' rows, empty where not asked for."""
+    entropy, others = pack(stats, outputs, vocab)
+    if "entropy" in outputs:
+        entropy = torch.where(counted, entropy[0, rows], 0)
+    if others.numel():
+        others = torch.where(counted, others[:, 0, rows], 0)
+        names = [name for name in outputs if name != "entropy"]
+        if "is_top1" in names:
+            others[names.index("is_top1")] *= labels == row_labels[rows]
+    return entropy, others
 
 
 def _write_grad(
@@ -128,6 +185,7 @@ def _write_grad(
     rows: Tensor,
     saved: Saved,
     grad_logps: Tensor,
+    grad_entropy: Tensor | None,
     options: TokenOptions,
     backend: str | None,
     out: Tensor | None,
@@ -135,42 +193,53 @@ def _write_grad(
     counted = _counted(logits, labels, options)
     grad_logps = torch.where(counted, grad_logps, 0).to(saved.logps.dtype)
     of_rows = _sum_by_row(grad_logps, rows, len(logits))
-    row_labels = _at(labels, saved.first, options.ignore_index)
+    row_labels = _at(labels, saved.lead, options.ignore_index)
     stats = RowStats(*(x[None] for x in (saved.row_logps, saved.max, saved.sumexp, saved.row_logps)))
-    out = out if out is None else out[None]
+    of_entropies = None
+    if grad_entropy is not None:
+        factors = _sum_by_row(torch.where(counted, grad_entropy, 0), rows, len(logits))
+        of_entropies = EntropyGrad(_at(saved.entropy, saved.lead, 0)[None], factors[None])
     grad = dispatch.rows(logits, backend).row_grad(
-        logits[None], row_labels[None], stats, of_rows[None], options, out=out
-    )
-    grad = grad[0]
+        *(logits[None], row_labels[None], stats, of_rows[None], options),
+        out=None if out is None else out[None],
+        entropy=of_entropies,
+    )[0]
     # The entry at a label: g - G p = (g - G) + G (1 - p), exact also where p rounds to 1.
     of_labels = _sum_of_equal(grad_logps, rows * logits.shape[1] + torch.where(counted, labels, 0))
     sums = of_rows[rows]
-    entries = (of_labels - sums - sums * torch.expm1(saved.logps)) * _slope(saved.label_logits, options)
-    # A label that is not scored writes what its row's first one does, or 0 into a row of zeros.
-    source = torch.where(counted, torch.arange(len(rows), device=rows.device), saved.first[rows])
+    entries = of_labels - sums - sums * torch.expm1(saved.logps)
+    if grad_entropy is not None:  # -p (log p + H) of the entropy; where p is 0 its logarithm does not matter
+        entries -= factors[rows] * saved.logps.exp() * (saved.logps.clamp(min=-1e4) + saved.entropy)
+    entries = entries * _slope(saved.label_logits, options)
+    # A label that is not scored writes what its row's lead does, or 0 into a row of zeros.
+    source = torch.where(counted, torch.arange(len(rows), device=rows.device), saved.lead[rows])
     grad[rows, _at(labels, source, 0).long()] = _at(entries, source, 0).to(grad.dtype)
     return grad
 
 
 def _grad(
     logits: Tensor, labels: Tensor, rows: Tensor, saved: Sequence[Tensor], grad_logps: Tensor,
-    *, backend: str | None, **options: Any,
+    grad_entropy: Tensor | None, *, backend: str | None, **options: Any,
 ) -> Tensor:  # fmt: skip
-    return _write_grad(logits, labels, rows, Saved(*saved), grad_logps, TokenOptions(**options), backend, None)
+    arguments = (logits, labels, rows, Saved(*saved), grad_logps, grad_entropy, TokenOptions(**options))
+    return _write_grad(*arguments, backend, None)
 
 
 def _grad_(
     logits: Tensor, labels: Tensor, rows: Tensor, saved: Sequence[Tensor], grad_logps: Tensor,
-    *, backend: str | None, **options: Any,
+    grad_entropy: Tensor | None, *, backend: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    _write_grad(logits, labels, rows, Saved(*saved), grad_logps, TokenOptions(**options), backend, logits)
+    arguments = (logits, labels, rows, Saved(*saved), grad_logps, grad_entropy, TokenOptions(**options))
+    _write_grad(*arguments, backend, logits)
 
 
-def _fake_forward(logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Saved:
+def _fake_forward(logits: Tensor, labels: Tensor, *_: Any, outputs: Sequence[str], **__: Any) -> tuple[Tensor, ...]:
     exact = torch.promote_types(logits.dtype, torch.float32)
     logps, label_logits = (labels.new_empty(labels.shape, dtype=exact) for _ in range(2))
     row_logps, top, sumexp = (logits.new_empty(logits.shape[:1], dtype=exact) for _ in range(3))
-    return Saved(logps, label_logits, labels.new_empty(logits.shape[:1], dtype=torch.int64), row_logps, top, sumexp)
+    lead = labels.new_empty(logits.shape[:1], dtype=torch.int64)
+    entropy, others = pack_empty(logps, outputs)
+    return *Saved(logps, entropy, label_logits, lead, row_logps, top, sumexp), others
 
 
 def _fake_grad(logits: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -179,28 +248,37 @@ def _fake_grad(logits: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: tuple) -> None:
     ctx.options = dict(keyword_only_inputs)
+    has_entropy = "entropy" in ctx.options.pop("outputs")
     ctx.overwrites = ctx.options.pop("inplace_backward") and saves_without_hooks()
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs, *output)
+    _, entropy, *rest = output
+    ctx.mark_non_differentiable(*rest, *(() if has_entropy else (entropy,)))
+    ctx.save_for_backward(*inputs, *output[:-1])
 
 
-def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
+def _backward(
+    ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: None
+) -> tuple[Tensor | None, None, None]:
     if grad_logps is None:
-        return None, None, None
+        if grad_entropy is None:
+            return None, None, None
+        grad_logps = torch.zeros_like(grad_entropy)
     logits, labels, rows, *saved = ctx.saved_tensors
     if ctx.overwrites and not torch.is_grad_enabled():
-        shared_token_logprobs_grad_(logits, labels, rows, saved, grad_logps, **ctx.options)
+        shared_token_logprobs_grad_(logits, labels, rows, saved, grad_logps, grad_entropy, **ctx.options)
         return logits.detach(), None, None
-    return shared_token_logprobs_grad(logits, labels, rows, saved, grad_logps, **ctx.options), None, None
+    return shared_token_logprobs_grad(logits, labels, rows, saved, grad_logps, grad_entropy, **ctx.options), None, None
 
 
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
-_GRAD_INPUTS = f"Tensor labels, Tensor rows, Tensor[] saved, Tensor grad_logps, *, {TOKEN_OPTIONS}, str? backend"
+_GRAD_INPUTS = (
+    f"Tensor labels, Tensor rows, Tensor[] saved, Tensor grad_logps, Tensor? grad_entropy, *, {TOKEN_OPTIONS}, "
+    "str? backend"
+)
 
 shared_token_logprobs_op = register(
     f"shared_token_logprobs(Tensor logits, Tensor labels, Tensor rows, *, {TOKEN_OPTIONS}, bool inplace_backward, "
-    f"str? backend) -> ({_SAVED})",
+    f"str[] outputs, str? backend) -> ({_SAVED}, Tensor others)",
     _forward,
     _fake_forward,
     backward=_backward,
