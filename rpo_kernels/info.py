@@ -1,8 +1,11 @@
-"""`rpo-kernels info`: the version, which backends are live, and which products the head level uses on this CPU."""
+"""`rpo-kernels info`: the version, which backends are live, and which products the head level uses here."""
 
 from collections.abc import Sequence
 
+import torch
+
 from . import __version__, backend_info
+from .head import gemm
 from .kernels import native_head
 
 
@@ -16,4 +19,6 @@ def main(argv: Sequence[str]) -> int:
         state = f"live on {backend['device']}, {backend['version']}" if backend["live"] else f"off: {backend['reason']}"
         print(f"  {name:<7} {state}")
     print(f"  products of a bfloat16 head on this CPU: {native_head.describe()}")
+    if torch.cuda.is_available():
+        print(f"  products of the head on {torch.cuda.get_device_name()}: {gemm.describe('cuda')}")
     return 0

@@ -13,6 +13,7 @@ from ..kernels.interface import TokenOptions
 from ..logprobs import check_label_range
 from ..outputs import Asked, TokenOutputs, pack_empty
 from ..shared_rows import take_rows
+from . import gemm
 from .budget import parse_budget
 from .plan import memory_plan
 from .schedule import Needs, Saved, find_rows
@@ -217,7 +218,8 @@ def _forward(
         backend=head.backend_name,
         weight_aligned=head.aligned,
     )
-    result = walk_for(head, needs).forward(head, rows, plan, needs)
+    with gemm.whole_sums(hidden.device.type, hidden.dtype):
+        result = walk_for(head, needs).forward(head, rows, plan, needs)
 
     def of_positions(scored: Tensor) -> Tensor:
         return scored.new_zeros(labels.numel()).index_copy_(0, rows.positions, scored).view(labels.shape)
@@ -250,7 +252,8 @@ def _grad(
     head = Head(hidden, weight, bias, TokenOptions(**options), backend)
     has_entropy = entropy_grad and "entropy" in outputs
     needs = Needs(needs_hidden, needs_weight, needs_bias, gradient_filter, tuple(outputs), has_entropy)
-    return walk_for(head, needs).backward(head, Saved(*saved), labels, grad_logps, grad_entropy, needs)
+    with gemm.whole_sums(hidden.device.type, hidden.dtype):
+        return walk_for(head, needs).backward(head, Saved(*saved), labels, grad_logps, grad_entropy, needs)
 
 
 def _fake_forward(

@@ -46,8 +46,11 @@ class Head:
     @functools.cached_property
     def logits_dtype(self) -> torch.dtype:
         """As GEMMs write the logits: exact, unless the device cannot from half-precision operands."""
-        mixed = gemm.results_in_float32(self.weight.device.type, self.operand_dtype)
-        return self.exact_dtype if mixed else self.operand_dtype
+        device_type = self.weight.device.type
+        if gemm.results_in_float32(device_type, self.operand_dtype):
+            return self.exact_dtype
+        gemm.warn_of_rounding(device_type, self.operand_dtype)
+        return self.operand_dtype
 
     @functools.cached_property
     def backend_name(self) -> str:
