@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TRANSFORMS = {"plain": {}, "softcap": dict(softcap=5.0), "scaled": dict(temperature=0.7, logit_scale=0.5)}
@@ -76,7 +77,9 @@ def digests() -> dict[str, str]:
             if name != "rpo" and (dtype, transform) != ("float32", "plain"):
                 continue
             ref = None if objective.reference_free else reference
-            options = dict(ref_logps=ref, objective=objective, shift=True, backend=backend, **TRANSFORMS[transform])
+            options: dict[str, Any] = dict(
+                ref_logps=ref, objective=objective, shift=True, backend=backend, **TRANSFORMS[transform]
+            )
             h, w = (x.to(getattr(torch, dtype)).requires_grad_() for x in (hidden, weight))
             logits = (h @ w.T).detach().requires_grad_()
             case = f"{backend} {dtype} {transform} {name}"

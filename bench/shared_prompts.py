@@ -1,13 +1,12 @@
 """Training steps with shared prompts and with separate padded sequences, in turn, on a real model and data.
 
-    python bench/shared_prompts.py --model DIR --data train.jsonl --out results.json
-    python bench/shared_prompts.py --model DIR --data train.jsonl --out results.json --context 500 --steps 6
-    python bench/shared_prompts.py --report results.json --figure shared-prompts.png
+    python bench/shared_prompts.py --model DIR --data train.jsonl
+    python bench/shared_prompts.py --model DIR --data train.jsonl --context 500 --steps 6
 
-Two copies of the model are trained side by side on the same groups, each step by both, so that the machine's moods
-meet both alike: losses, seconds by the clock and of processor time, tokens computed, and the peak of the resident
-memory beyond what stands between steps. `--context` puts that many tokens of the data before each prompt. The report
-prints a table and draws a chart.
+Two copies of the model are trained side by side on the same groups, one step of each form after the other, so that
+changes in the machine's speed affect both: losses, seconds of wall and CPU time, tokens computed, and the peak resident
+memory of a step beyond weights and optimizer. `--context` puts that many tokens of the data before each prompt. Results
+are added to bench/results/DEVICE/shared-prompts.json, of which `python bench/make_docs.py` makes table and chart.
 """
 
 import argparse
@@ -20,11 +19,13 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from training_runs import open_results
 
 from rpo_kernels import RPO
-from rpo_kernels.benchmark.machine import describe_machine
+from rpo_kernels.benchmark.charts import save_figure
+from rpo_kernels.benchmark.peaks import ResidentSet
 from rpo_kernels.benchmark.results import save_json
-from rpo_kernels.benchmark.tables import format_bytes
+from rpo_kernels.benchmark.tables import Table, format_bytes, markdown
 from rpo_kernels.shared_prompts.plan import StepSize, padded_size, shared_size, step_flops
 from rpo_kernels.train import BatchForm, PreferenceDataset, read_groups
 from rpo_kernels.train.batches import response_logps_by_group
@@ -32,7 +33,7 @@ from rpo_kernels.train.dataset import Example
 from rpo_kernels.train.loss_layer import LossLayer, preference_loss
 from rpo_kernels.train.models import load_model, load_tokenizer
 
-PROBLEM = ("context", "shortest_of", "max_length", "dtype", "learning_rate")
+SETTINGS = ("context", "shortest_of", "max_length", "dtype", "learning_rate")
 FORMS = {"padded": BatchForm(), "shared": BatchForm(shared=True)}
 
 
@@ -69,7 +70,7 @@ class Trained:
     def step(self, example: Example) -> dict[str, Any]:
         """One optimizer step on one group."""
         gc.collect()
-        before = _peak_from_now()
+        memory = ResidentSet()
         start, processor = time.perf_counter(), time.process_time()
         (batch,) = self.form([example])["micro_batches"]
         loss = preference_loss(self.model, batch, RPO(eta=0.3), self.layer).loss
@@ -81,45 +82,31 @@ class Trained:
             "seconds": time.perf_counter() - start,
             "processor_seconds": time.process_time() - processor,
             "tokens": batch["input_ids"].numel(),
-            "peak_bytes": _status("VmHWM") - before,
+            "peak_bytes": memory.peak(),
         }
 
 
-def _peak_from_now() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
-def measure(args: argparse.Namespace) -> None:
-    """Both forms, step by step in turn; what is measured is kept step by step."""
-    before = json.loads(args.out.read_text()) if args.out.exists() else []
-    data = examples(args)
+def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    """Both forms, step by step in turn; saved after each step."""
+    data, path = open_results(args.out, "shared prompts", "shared-prompts", {})
+    groups = examples(args)
     trained = {name: Trained(args, form) for name, form in FORMS.items()}
     first = trained["padded"]
-    attach_reference(data, first, args.out.with_suffix(f".reference-{args.context}.json"))
+    attach_reference(groups, first, path.with_suffix(f".reference-{args.context}.json"))
     if args.reference_only:
-        return
+        return data, path
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in FORMS}
-    run = {
-        "problem": {
-            name: getattr(args, name) for name in ("context", "shortest_of", "max_length", "dtype", "learning_rate")
-        },
-        "machine": describe_machine("cpu"),
-        "steps": steps,
-    }
-    for index, example in enumerate(data):
+    run: dict[str, Any] = {"settings": {name: getattr(args, name) for name in SETTINGS}, "steps": steps}
+    for index, example in enumerate(groups):
         for name in list(FORMS) if index % 2 else reversed(FORMS):
             steps[name].append(trained[name].step(example))
-        run["predicted"] = predicted(first.model, data[: index + 1])
-        save_json([*before, run], args.out)
+        run["predicted"] = predicted(first.model, groups[: index + 1])
+        save_json(data | {"runs": {**data["runs"], title_of(run): run}}, path)
         print(
             *(f"{name} {s[-1]['loss']:.5f} {s[-1]['processor_seconds']:.2f} s" for name, s in steps.items()), flush=True
         )
+    data["runs"][title_of(run)] = run
+    return data, path
 
 
 def attach_reference(data: list[Example], trained: Trained, cache: Path) -> None:
@@ -158,34 +145,31 @@ def summary(run: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def described(run: dict[str, Any]) -> str:
-    """What the steps of a run were on."""
-    problem, steps = run["problem"], len(run["steps"]["shared"])
-    if problem["context"]:
-        return f"{problem['context']} tokens of context, {steps} steps"
-    shortest = problem.get("shortest_of")
+def title_of(run: dict[str, Any]) -> str:
+    """The groups that a run's steps were on."""
+    settings, steps = run["settings"], len(run["steps"]["shared"])
+    if settings["context"]:
+        return f"{settings['context']} tokens of context, {steps} steps"
+    shortest = settings["shortest_of"]
     return f"{steps} shortest of {shortest} groups" if shortest else f"first {steps} groups"
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """The runs as a Markdown table."""
-    lines = [
-        "| groups | | seconds a step | tokens computed | peak memory of a step |",
-        "|---|---|---|---|---|",
-    ]
-    for run in runs:
+def tables_of(data: dict[str, Any]) -> list[Table]:
+    """Each run's two forms and their ratios."""
+    rows = []
+    for title, run in data["runs"].items():
         forms = summary(run)
-        title = described(run)
         for name, form in forms.items():
             cells = [f"{form['seconds']:.2f}", f"{form['tokens']:,}", format_bytes(form["peak_bytes"])]
-            lines.append(f"| {title} | {name} | {' | '.join(cells)} |")
+            rows.append([title, name, *cells])
         pairs = list(zip(run["steps"]["padded"][1:], run["steps"]["shared"][1:]))
         ratios = {key: forms["padded"][key] / forms["shared"][key] for key in ("tokens", "peak_bytes")}
         ratios["seconds"] = median(a["seconds"] / b["seconds"] for a, b in pairs)
         cells = [f"{ratios['seconds']:.2f} (predicted {run['predicted']['operations']:.2f})"]
-        cells += [f"{ratios['tokens']:.2f}", f"{ratios['peak_bytes']:.2f}"]
-        lines.append(f"| {title} | padded / shared | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([title, "padded / shared", *cells, f"{ratios['tokens']:.2f}", f"{ratios['peak_bytes']:.2f}"])
+    header = ["groups", "", "seconds a step", "tokens computed", "peak memory of a step"]
+    worst = max(map(largest_difference, data["runs"].values()))
+    return [Table("Steps of one group, K = 4", header, rows, [f"largest difference of the forms' losses: {worst:.1e}"])]
 
 
 def largest_difference(run: dict[str, Any]) -> float:
@@ -193,53 +177,51 @@ def largest_difference(run: dict[str, Any]) -> float:
     return max(abs(a["loss"] - b["loss"]) for a, b in zip(run["steps"]["padded"], run["steps"]["shared"]))
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Ratios of each step's seconds over those of its operations, and the losses of both forms."""
+def draw(data: dict[str, Any], folder: Path, name: str, svg: bool = True) -> list[Path]:
+    """Ratios of each step's seconds over those of its operations, and the losses of both forms; the PNG file."""
+    runs = data["runs"]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     speed, losses = figure.subplots(1, 2)
-    for run, marker in zip(runs, "os^"):
+    for (title, run), marker in zip(runs.items(), "os^"):
         padded, shared = run["steps"]["padded"], run["steps"]["shared"]
         seconds = [a["seconds"] / b["seconds"] for a, b in zip(padded[1:], shared[1:])]
-        label = described(run)
-        speed.scatter(run["predicted"]["operations_by_step"][1:], seconds, marker=marker, label=label, alpha=0.7)
+        speed.scatter(run["predicted"]["operations_by_step"][1:], seconds, marker=marker, label=title, alpha=0.7)
     limit = max(speed.get_xlim()[1], speed.get_ylim()[1])
     speed.plot([1, limit], [1, limit], color="gray", linewidth=0.8)
     speed.set_xlabel("operations of a step, padded / shared: predicted")
     speed.set_ylabel("seconds: measured")
     speed.legend(fontsize="small")
-    longest = max(runs, key=lambda run: len(run["steps"]["shared"]))
-    for name, style in (("padded", dict(linewidth=3, alpha=0.4)), ("shared", dict(linewidth=1, color="black"))):
-        losses.plot([step["loss"] for step in longest["steps"][name]], label=name, **style)
+    longest = max(runs.values(), key=lambda run: len(run["steps"]["shared"]))
+    styles: dict[str, dict[str, Any]] = {
+        "padded": dict(linewidth=3, alpha=0.4),
+        "shared": dict(linewidth=1, color="black"),
+    }
+    for form, style in styles.items():
+        losses.plot([step["loss"] for step in longest["steps"][form]], label=form, **style)
     losses.set_xlabel("step")
     losses.set_ylabel("loss")
     losses.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    return [save_figure(figure, folder / f"{name}.png", svg)]
 
 
 def main() -> None:
-    """Measure and add to the results, or report them."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="a directory, hub id or .gguf file")
-    parser.add_argument("--data", help="preference data, a JSONL file")
-    parser.add_argument("--out", type=Path, help="results, to which the measurement is added")
+    """Measure, add to the results, print all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a directory, hub id or .gguf file")
+    parser.add_argument("--data", required=True, help="preference data, a JSONL file")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder, one below it for the device")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--context", type=int, default=0)
     parser.add_argument("--shortest-of", type=int, metavar="N", help="take the shortest of the first N groups")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--learning-rate", type=float, default=1e-6)
-    parser.add_argument("--reference-only", action="store_true", help="compute what the steps need and no step")
-    parser.add_argument("--report", type=Path, help="results to report")
-    parser.add_argument("--figure", type=Path, default=Path("shared-prompts.png"))
+    parser.add_argument("--reference-only", action="store_true", help="compute the reference's log-probabilities only")
     args = parser.parse_args()
-    if args.report:
-        runs = json.loads(args.report.read_text())
-        print(table(runs))
-        print(f"\nlargest difference of losses: {max(map(largest_difference, runs)):.1e}")
-        draw(runs, args.figure)
-        return
     torch.manual_seed(0)
-    measure(args)
+    data, path = measure(args)
+    if data["runs"]:
+        print(markdown(tables_of(data)), *draw(data, path.parent, path.stem, svg=False))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The same training run at the logits level, at the head level, and at the head level with the column filter.
+"""The same training run with the loss from logits, from hidden states, and from hidden states with the gradient filter.
 
     python bench/train_levels.py --model DIR --train-data train.jsonl --eval-data test.jsonl
     python bench/train_levels.py ... --steps 4 --max-length 64 --train-groups 8 --eval-groups 4
@@ -10,8 +10,6 @@ arguments, which skips what is done.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from training_runs import CURVES, draw_bars, open_results, run_process
 
 from rpo_kernels.benchmark.charts import save_figure
-from rpo_kernels.benchmark.machine import describe_machine, same_setup
-from rpo_kernels.benchmark.results import new_results, result_path, save_json
-from rpo_kernels.benchmark.tables import format_bytes
+from rpo_kernels.benchmark.results import save_json
+from rpo_kernels.benchmark.tables import Table, format_bytes
 
 RUNS = {
     "logits": ["--loss-level", "logits"],
@@ -37,13 +35,10 @@ def train(arguments: list[str], level: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rpo-training-") as folder:
         argv = [sys.executable, "-m", "rpo_kernels.cli", "train", *arguments, *level, "--output-dir", folder]
         start = time.monotonic()
-        process = subprocess.Popen(argv)
-        _, status, usage = os.wait4(process.pid, 0)  # the peak of this child alone
-        if status:
-            raise SystemExit(f"{' '.join(argv)}\nended with {os.waitstatus_to_exitcode(status)}")
+        peak = run_process(argv)
         metrics = json.loads((Path(folder) / "metrics.json").read_text())
         kept = {name: metrics[name] for name in ("before", "after", "history")}
-        return {**kept, "peak_bytes": usage.ru_maxrss * 1024, "seconds": time.monotonic() - start}
+        return {**kept, "peak_bytes": peak, "seconds": time.monotonic() - start}
 
 
 def flags(args: argparse.Namespace) -> list[str]:
@@ -85,33 +80,24 @@ def draw(data: dict[str, Any], folder: Path, name: str, svg: bool = True) -> lis
     """Training loss, held-out loss and accuracy of the runs, one over the other, and their peak memory; PNG files."""
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     loss, accuracy, eval_loss, memory = figure.subplots(2, 2).flat
-    styles = [("#c8553d", "-", 4.0, 0.35), ("#0b6e4f", "-", 1.8, 1.0), ("#3f7cac", "--", 1.8, 1.0)]
-    for (level, run), (color, line, width, alpha) in zip(data["runs"].items(), styles):
-        style = dict(color=color, linestyle=line, linewidth=width, alpha=alpha, label=level)
+    for (level, run), curve in zip(data["runs"].items(), CURVES):
+        style = {**curve, "label": level}
         loss.plot(range(1, len(losses(run)) + 1), losses(run), **style)
         accuracy.plot(*zip(*held_out(run, "accuracy")), marker="o", **style)
         eval_loss.plot(*zip(*held_out(run, "loss")), marker="o", **style)
     peaks = {name: run["peak_bytes"] / 1e9 for name, run in data["runs"].items()}
-    bars = memory.barh(list(peaks), list(peaks.values()), color=[color for color, *_ in styles], alpha=0.8)
-    memory.bar_label(bars, [f" {peak:.2f} GB" for peak in peaks.values()], fontsize=9)
-    memory.invert_yaxis()
-    memory.set_xlim(0, max(peaks.values()) * 1.2)
-    for axes, title in (
-        (loss, "Training loss"),
-        (accuracy, "Held-out reward accuracy"),
-        (eval_loss, "Held-out loss"),
-        (memory, "Peak resident memory of the process, GB"),
-    ):
+    draw_bars(memory, peaks, "GB", "Peak resident memory of the process")
+    titles = {"Training loss": loss, "Held-out reward accuracy": accuracy, "Held-out loss": eval_loss}
+    for title, axes in titles.items():
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
-    for axes in (loss, accuracy, eval_loss):
         axes.set_xlabel("step", fontsize=9)
         axes.legend(fontsize=8)
     return [save_figure(figure, folder / f"{name}.png", svg)]
 
 
-def compare(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table in the docs: each run, and how far its losses are from the first one's."""
+def tables_of(data: dict[str, Any]) -> list[Table]:
+    """Each run, and the largest difference of its losses to the first run's."""
     first = losses(next(iter(data["runs"].values())))
     header = ["", "peak memory", "largest difference in loss", "held-out loss", "held-out accuracy"]
     rows = []
@@ -119,7 +105,9 @@ def compare(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         apart = max(abs(a - b) for a, b in zip(losses(run), first, strict=True))
         change = [f"{run['before'][key]:.3f} → {run['after'][key]:.3f}" for key in ("eval_loss", "eval_accuracy")]
         rows.append([name, format_bytes(run["peak_bytes"]), f"{apart:.1e}", *change])
-    return header, rows
+    settings = data["settings"]
+    title = f"{settings['steps']} steps of two groups, K = 4, at most {settings['max_length']} tokens, float32"
+    return [Table(title, header, rows, [])]
 
 
 def main() -> None:
@@ -136,12 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder, one below it for the device")
     args = parser.parse_args()
     settings = {k: v for k, v in vars(args).items() if k not in ("model", "train_data", "eval_data", "out")}
-    data = new_results("training", describe_machine("cpu")) | {"settings": settings, "runs": {}}
-    path = result_path(args.out, data["machine"], "training")
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        if earlier["settings"] == settings and same_setup(earlier["machine"], data["machine"]):
-            data = earlier
+    data, path = open_results(args.out, "training", "training", settings)
     for name, level in RUNS.items():
         if name not in data["runs"]:
             data["runs"][name] = train(flags(args), level)

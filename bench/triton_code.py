@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -45,7 +46,7 @@ class Build(NamedTuple):
     kernel: Any
     signature: dict[str, Any]  # argument types
     constants: dict[str, Any]
-    absent: list[tuple[int, ...]]  # paths of the arguments that are None
+    absent: Sequence[tuple[int, ...]]  # paths of the arguments that are None
     num_warps: int
     columns_a_thread: int = 0  # in one iteration of the main loop
     vocabularies: tuple[int, ...] = ()  # that this build serves
@@ -54,7 +55,9 @@ class Build(NamedTuple):
 
     def compile(self, target: GPUTarget) -> Any:
         signature = {name: self.signature.get(name, "constexpr") for name in self.kernel.arg_names}
-        constants = {(self.kernel.arg_names.index(name),): value for name, value in self.constants.items()}
+        constants: dict[tuple[int, ...], Any] = {
+            (self.kernel.arg_names.index(name),): value for name, value in self.constants.items()
+        }
         constants |= dict.fromkeys(self.absent)
         attributes = {(self.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
         source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -208,8 +211,9 @@ def sequence_builds() -> list[Build]:
 
 def sequence_reduce(distance, target, num_sequences, length, size, packed=False, ragged=False) -> Build:
     shape = fused_kernel.choose_blocks(num_sequences, length, num_sequences // size, size)
-    signature = dict(tokens=Tokens("*fp32", "*i64", "*fp32", "*fp32"), strides=("i32",) * 4)  # type: ignore[arg-type]
-    signature |= dict(rewards="*fp32", lengths="*fp32", out=SequenceReduction(*["*fp32"] * 8))  # type: ignore
+    tokens: Any = Tokens("*fp32", "*i64", "*fp32", "*fp32")  # type: ignore[arg-type]
+    out: Any = SequenceReduction(*["*fp32"] * 8)  # type: ignore[arg-type]
+    signature: dict[str, Any] = dict(tokens=tokens, strides=("i32",) * 4, rewards="*fp32", lengths="*fp32", out=out)
     signature |= dict(cu_seqlens="*i32") if packed else {}
     signature |= dict(index="*i64") if ragged else {}
     signature |= dict.fromkeys(fused_kernel.INTEGERS, "i32")
@@ -275,7 +279,7 @@ def _nvidia_resources(cubin: bytes) -> dict[str, int]:
 
 def _amd_resources(assembly: str) -> dict[str, int]:
     def read(key):
-        return int(re.search(rf"\.{key}:\s*(\d+)", assembly)[1])
+        return int(re.findall(rf"\.{key}:\s*(\d+)", assembly)[0])
 
     # Scalar registers spill to lanes of vector registers, not to memory: only the others count.
     spills = read("vgpr_spill_count") + read("private_segment_fixed_size")

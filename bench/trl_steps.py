@@ -5,24 +5,26 @@
 
 TRL's defaults otherwise: gradient checkpointing, bfloat16 autocast, AdamW, a reference model of the same kind. Data are
 JSONL with a prompt and responses with rewards; the best and the worst response make a pair. Each run is a process of
-its own, all with the same seed, in turns. A call that was interrupted is continued by the next one with the same
-arguments.
+its own, all with the same seed, in turns. Results go to bench/results/DEVICE/trl.json after each run; a call with the
+same arguments continues them. `python bench/make_docs.py` then fills the table and chart of docs/integrations/trl.md.
 """
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from rpo_kernels.benchmark.machine import describe_machine, same_setup
+from matplotlib.figure import Figure
+from training_runs import CURVES, draw_bars, open_results, run_process
+
+from rpo_kernels.benchmark.charts import save_figure
 from rpo_kernels.benchmark.results import save_json
-from rpo_kernels.benchmark.tables import format_bytes
+from rpo_kernels.benchmark.tables import Table, format_bytes, markdown
 
 RUNS: dict[str, dict[str, Any] | None] = {
     "TRL's own": None,
@@ -87,7 +89,7 @@ def train(args: argparse.Namespace, settings: dict[str, Any] | None) -> dict[str
         trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     kept = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy", "grad_norm")
-    load = os.getloadavg()[0]  # above the number of threads: others were at work, and times say little
+    load = os.getloadavg()[0]  # above the number of threads: other processes were running
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
@@ -99,11 +101,8 @@ def train(args: argparse.Namespace, settings: dict[str, Any] | None) -> dict[str
 def run(name: str) -> dict[str, Any]:
     """One run in a process of its own, with its peak resident memory."""
     with tempfile.NamedTemporaryFile(suffix=".json") as result:
-        process = subprocess.Popen([sys.executable, *sys.argv, "--run", name, "--result", result.name])
-        _, status, usage = os.wait4(process.pid, 0)  # the peak of this child alone
-        if status:
-            raise SystemExit(f"run {name!r} ended with {os.waitstatus_to_exitcode(status)}")
-        return {**json.loads(Path(result.name).read_text()), "peak_bytes": usage.ru_maxrss * 1024}
+        peak = run_process([sys.executable, *sys.argv, "--run", name, "--result", result.name])
+        return {**json.loads(Path(result.name).read_text()), "peak_bytes": peak}
 
 
 def losses(runs: list[dict[str, Any]]) -> list[float]:
@@ -115,57 +114,45 @@ def step_seconds(runs: list[dict[str, Any]]) -> float:
     return statistics.median(second for one in runs for second in one["seconds"][1:])
 
 
-def table(data: dict[str, Any]) -> str:
-    """The measured figures as Markdown, for the documentation."""
-    settings, machine = data["settings"], data["machine"]
-    own = data["runs"]["TRL's own"]
-    lines = [
-        f"Whole steps of DPO in TRL {data['trl']}: Gemma-3-270M in bfloat16 (vocabulary 262,144), {settings['pairs']} "
-        f"pairs of at most {settings['max_length']} tokens, {settings['steps']} steps from one seed, TRL's defaults "
-        f"otherwise, reference model included; {machine['device']}, {machine['threads']} threads, {data['units']}. "
-        f"Medians over {settings['repeats']} runs each, in turns.",
-        "",
-        "| | seconds a step | | peak memory of the process | largest difference in loss |",
-        "|---|---|---|---|---|",
-    ]
+def tables_of(data: dict[str, Any]) -> list[Table]:
+    """Seconds a step, peak memory and the largest difference in loss to TRL's own."""
+    settings, own = data["settings"], data["runs"]["TRL's own"]
+    header = ["", "seconds a step", "times as fast", "peak memory of the process", "largest difference in loss"]
+    rows = []
     for name, runs in data["runs"].items():
         apart = max(abs(a - b) for a, b in zip(losses(runs), losses(own), strict=True))
-        times, peak = step_seconds(runs), max(one["peak_bytes"] for one in runs)
-        faster = f"{step_seconds(own) / times:.1f} times as fast" if runs is not own else ""
-        lines.append(f"| {name} | {times:.2f} | {faster} | {format_bytes(peak)} | {apart:.1e} |")
-    return "\n".join(lines) + "\n"
+        seconds, peak = step_seconds(runs), max(one["peak_bytes"] for one in runs)
+        faster = f"{step_seconds(own) / seconds:.1f}"
+        rows.append([name, f"{seconds:.2f}", faster, format_bytes(peak), f"{apart:.1e}"])
+    title = (
+        f"DPO in TRL {data['machine']['versions']['trl']}: Gemma-3-270M in bfloat16, {settings['steps']} steps of "
+        f"{settings['pairs']} pairs of at most {settings['max_length']} tokens"
+    )
+    note = (
+        f"Whole steps, reference model included: medians over {settings['repeats']} runs each, in turns, of one seed."
+    )
+    return [Table(title, header, rows, [note])]
 
 
-def draw(data: dict[str, Any], path: Path) -> None:
-    """The runs' loss curves over one another, seconds a step and peak memory."""
-    from matplotlib.figure import Figure
-
+def draw(data: dict[str, Any], folder: Path, name: str, svg: bool = True) -> list[Path]:
+    """The runs' loss curves over one another, seconds a step and peak memory; the PNG file."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     loss, times, memory = figure.subplots(1, 3, width_ratios=[1.6, 1, 1])
-    styles = [("#c8553d", "-", 5.0, 0.35), ("#0b6e4f", "-", 1.8, 1.0), ("#3f7cac", "--", 1.8, 1.0)]
-    for (name, runs), (color, line, width, alpha) in zip(data["runs"].items(), styles):
-        steps = range(1, len(losses(runs)) + 1)
-        loss.plot(steps, losses(runs), color=color, linestyle=line, linewidth=width, alpha=alpha, label=name)
+    for (label, runs), curve in zip(data["runs"].items(), CURVES):
+        loss.plot(range(1, len(losses(runs)) + 1), losses(runs), label=label, **curve)
     loss.set_xlabel("step", fontsize=9)
-    loss.legend(fontsize=8)
     loss.set_title("DPO loss", fontsize=10)
-    colors, names = [color for color, *_ in styles], list(data["runs"])
-    seconds = [step_seconds(runs) for runs in data["runs"].values()]
-    peaks = [max(one["peak_bytes"] for one in runs) / 1e9 for runs in data["runs"].values()]
-    for axes, values, title, unit in ((times, seconds, "Seconds a step", "s"), (memory, peaks, "Peak memory", "GB")):
-        bars = axes.barh(names, values, color=colors, alpha=0.8)
-        axes.bar_label(bars, [f" {value:.2f} {unit}" for value in values], fontsize=9)
-        axes.invert_yaxis()
-        axes.set_xlim(0, max(values) * 1.3)
-        axes.set_title(title, fontsize=10)
+    loss.legend(fontsize=8)
+    loss.grid(alpha=0.3)
+    draw_bars(times, {label: step_seconds(runs) for label, runs in data["runs"].items()}, "s", "Seconds a step")
+    peaks = {label: max(one["peak_bytes"] for one in runs) / 1e9 for label, runs in data["runs"].items()}
+    draw_bars(memory, peaks, "GB", "Peak memory")
     memory.set_yticks([])
-    for axes in (loss, times, memory):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    return [save_figure(figure, folder / f"{name}.png", svg)]
 
 
 def main() -> None:
-    """Run what is not done, save after each run, draw and tabulate."""
+    """Run what is not done, save after each run, print the table and draw the chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory or hub id")
     parser.add_argument("--train-data", required=True)
@@ -174,34 +161,23 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--output", type=Path, default=Path("bench/results/cpu-trl.json"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder, one below it for the device")
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run is not None:
         args.result.write_text(json.dumps(train(args, RUNS[args.run])))
         return
-    import torch
-    import trl
-
-    left_out = ("model", "train_data", "output", "run", "result")
+    left_out = ("model", "train_data", "out", "run", "result")
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
-    machine = describe_machine("cpu")
-    data: dict[str, Any] = {"kind": "trl", "machine": machine, "trl": trl.__version__, "settings": settings}
-    data["units"] = "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "no avx512_bf16"
-    data["runs"] = {name: [] for name in RUNS}
-    if args.output.exists():
-        earlier = json.loads(args.output.read_text())
-        if earlier["settings"] == settings and same_setup(earlier["machine"], machine):
-            data = earlier
+    data, path = open_results(args.out, "trl", "trl", settings)
     for repeat in range(args.repeats):
         for name in RUNS:
-            if len(data["runs"][name]) == repeat:
-                data["runs"][name].append(run(name))
-                save_json(data, args.output)
-    draw(data, args.output.with_suffix(".png"))
-    args.output.with_suffix(".md").write_text(table(data), encoding="utf-8")
-    print(table(data))
+            runs = data["runs"].setdefault(name, [])
+            if len(runs) == repeat:
+                runs.append(run(name))
+                save_json(data, path)
+    print(markdown(tables_of(data)), *draw(data, path.parent, path.stem, svg=False))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rich.console import Console
 from rpo_kernels.benchmark import machine as machines
 from rpo_kernels.benchmark.charts import draw
 from rpo_kernels.benchmark.results import load_json, save_json
-from rpo_kernels.benchmark.tables import format_bytes, markdown, print_tables
+from rpo_kernels.benchmark.tables import format_bytes, markdown, print_tables, tables_of
 from rpo_kernels.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
@@ -221,7 +221,7 @@ def test_memory(tmp_path, capsys):
     (entry,) = data["problems"]
     assert entry["results"]["eager torch"]["parts"]["work"] > 0 and entry["predicted"]["rpo_kernels"]
     assert one(tmp_path, "memory.png").stat().st_size > 10_000 and one(tmp_path, "*.pickle")
-    assert "| eager torch |" in markdown(data)
+    assert "| eager torch |" in markdown(tables_of(data))
     assert "does not fit" not in capsys.readouterr().out
 
 
@@ -248,8 +248,8 @@ def failing(data: dict) -> dict:
 def test_what_failed_is_drawn_and_listed(bench, tmp_path):
     data = failing(load_json(bench))
     assert all(path.stat().st_size > 10_000 for path in draw(data, tmp_path, "x"))
-    assert "rpo_kernels in place: wrong, because" in markdown(data)
-    assert "eager torch: out of memory" in markdown(data)
+    assert "rpo_kernels in place: wrong, because" in markdown(tables_of(data))
+    assert "eager torch: out of memory" in markdown(tables_of(data))
 
 
 def test_labels_of_what_has_no_bar_stay_inside_the_axes(bench):
@@ -297,21 +297,27 @@ def test_docs_blocks(bench, tmp_path):
     ]
     page.write_text("before\n" + "between\n".join(blocks) + "after\n")
     save_json(load_json(bench), tmp_path / "results" / "d" / "r.json")
-    make_docs.fill(page, tmp_path / "results")
+    make_docs.fill(page, tmp_path / "results", tmp_path / "charts")
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert text.count("\n| eager torch |") == 8 and text.count("(page/d/r-logits.png)") == text.count("between") == 2
-    assert (tmp_path / "page" / "d" / "r-logits.png").exists()
-    make_docs.fill(page, tmp_path / "results")
+    assert text.count("\n| eager torch |") == 8 and text.count("(charts/d/r-logits.png)") == text.count("between") == 2
+    assert (tmp_path / "charts" / "d" / "r-logits.png").exists()
+    make_docs.fill(page, tmp_path / "results", tmp_path / "charts")
     assert page.read_text() == text
+    page.write_text(text.replace("d/r.json", "d/absent.json"))
+    make_docs.fill(page, tmp_path / "results", tmp_path / "charts")
+    assert page.read_text() == text.replace("d/r.json", "d/absent.json")
 
 
-def test_the_docs_are_made_from_the_committed_results(tmp_path):
-    page = shutil.copy(make_docs.ROOT / "docs" / "benchmarks.md", tmp_path)
-    make_docs.fill(Path(page), make_docs.ROOT / "bench" / "results")
-    assert Path(page).read_text() == (make_docs.ROOT / "docs" / "benchmarks.md").read_text()
-    for link in make_docs.charts_in(Path(page).read_text()):
-        assert (make_docs.ROOT / "docs" / link).is_file(), link
+@pytest.mark.parametrize("name", make_docs.PAGES)
+def test_the_docs_are_made_from_the_committed_results(tmp_path, name):
+    source, page = make_docs.ROOT / "docs" / name, tmp_path / name
+    page.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, page)
+    make_docs.fill(page, make_docs.ROOT / "bench" / "results", tmp_path / "benchmarks")
+    assert page.read_text() == source.read_text()
+    for link in make_docs.charts_in(page.read_text()):
+        assert (source.parent / link).is_file(), link
 
 
 def test_the_units_name_the_folder():

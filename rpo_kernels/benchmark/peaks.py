@@ -148,7 +148,7 @@ def _measure(one: Implementation, problem: Problem, settings: PeakSettings) -> d
     inputs = Inputs.make(problem, Path(settings.states) if settings.states else None)
     input_bytes = {name: x.nbytes for name, x in inputs.named.items()}
     run_step(run, inputs)  # compiles, and warms up what stays
-    meter = _ResidentSet() if problem.device == "cpu" else _Allocator()
+    meter = ResidentSet() if problem.device == "cpu" else _Allocator()
     run_step(run, inputs)
     result: dict[str, Any] = {"status": "ok", "reason": None, "peak_bytes": meter.peak(), "input_bytes": input_bytes}
     if settings.snapshots is not None:
@@ -169,7 +169,7 @@ def _limit_memory(limit: int, device: str) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (_proc_status("VmData") + limit, resource.RLIM_INFINITY))
 
 
-class _ResidentSet:
+class ResidentSet:
     """Peak of this process's resident set from now on."""
 
     def __init__(self) -> None:

@@ -1,13 +1,14 @@
 """The result file: JSON, one for each run, in a folder for each device.
 
-    {"schema": 2, "kind": "bench" | "memory", "machine": {...},
+    {"schema": 2, "kind": "bench" | "memory" | ..., "machine": {...},
      "problems": [{"title", "problem": {...}, "references": {"gemm": {"dtype", "flops"}, ...}, "checked_rows",
                    "results": {implementation: RESULT}, "predicted": {implementation: bytes by part}}]}
 
 RESULT is `status` (ok, wrong, unavailable, out of memory, failed, interrupted) and `reason`; where they could be
 measured `peak_bytes` (beyond `input_bytes`), `errors` (against float64), and every sample's seconds: `step_s` (forward
 and backward), `forward_s` (its part, if known) and, by reference, `reference_s`. `kind` "memory" adds `parts`, what the
-peak was made of.
+peak was made of. Comparisons of training runs in bench/ (`kind` "training", "trl", "shared prompts") hold `settings`,
+and `runs` by name in place of problems.
 """
 
 import json

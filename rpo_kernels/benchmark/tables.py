@@ -209,10 +209,10 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in [header, rule, *lines])
 
 
-def markdown(data: dict[str, Any]) -> str:
-    """All tables of a result file."""
+def markdown(tables: list[Table]) -> str:
+    """Tables with their titles and notes."""
     text = ""
-    for table in tables_of(data):
+    for table in tables:
         text += f"\n**{table.title}**\n\n{markdown_table(table.header, table.lines)}"
         text += "".join(f"\n- {note}" for note in table.notes) + "\n" * bool(table.notes)
     return text
