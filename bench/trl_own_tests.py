@@ -38,7 +38,7 @@ def pytest_configure() -> None:
             setattr(import_utils, f"is_{name}_available", lambda *_, **__: False)
     utils = importlib.import_module("trl.trainer.utils")
     if not hasattr(utils, "patch_chunked_lm_head"):  # gone since, and imported by tests of other functions
-        utils.patch_chunked_lm_head = None
+        setattr(utils, "patch_chunked_lm_head", None)  # noqa: B010
     if FLOAT32 in os.environ:
         config = importlib.import_module("trl.trainer.base_config")._BaseConfig
         own_check = config.__post_init__
@@ -59,7 +59,7 @@ def pytest_configure() -> None:
         _results.setdefault(_running, {}).setdefault("logged", []).extend(self.state.log_history)
         return output
 
-    transformers.Trainer.train = train
+    transformers.Trainer.train = train  # type: ignore[method-assign]
 
 
 def pytest_runtest_setup(item: Any) -> None:
