@@ -107,8 +107,8 @@ class Patch:
         self._said: set[str] = set()
         self._own = {name: getattr(utils, name) for name in KNOWN_SIGNATURES if hasattr(utils, name)}
         new_signature = "row_mask" in _parameters(self._own["selective_log_softmax"])
-        # TRL's kernels, which came with it, give float32; before, trainers rely on the logits' type.
-        self._result_dtype = torch.float32 if new_signature else None
+        # TRL's kernels, which came with it, give float32 for half precision; before, trainers rely on the logits' type.
+        self._rounds_results = not new_signature
         replacements = {
             "selective_log_softmax": self._selective_log_softmax,
             "entropy_from_logits": self._entropy_from_logits,
@@ -221,7 +221,7 @@ class Patch:
         self, logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
     ) -> Tensor:
         if not self._covers(logits, index):
-            options = () if self._result_dtype is None else (temperature, row_mask)
+            options = () if self._rounds_results else (temperature, row_mask)
             return self._own["selective_log_softmax"](logits, index, *options)
         logps = token_logprobs(logits, _scored(index, row_mask), temperature=temperature, ignore_index=NOT_SCORED)
         return self._writable(logps, logits)
@@ -261,8 +261,8 @@ class Patch:
         return False
 
     def _writable(self, values: Tensor, logits: Tensor) -> Tensor:
-        """A copy in the type that TRL's own function gives: trainers write zeros into it where nothing is scored."""
-        return values.to(self._result_dtype or logits.dtype, copy=True)
+        """A copy, as trainers write zeros into it where nothing is scored; in the type that they rely on."""
+        return values.to(logits.dtype if self._rounds_results else values.dtype, copy=True)
 
     def _say(self, what: str) -> None:
         if what not in self._said:
