@@ -240,7 +240,7 @@ def facts(build: Build, target_name: str) -> dict[str, Any]:
 
 
 def _main_loop(sass: str, columns: int) -> dict[str, Any]:
-    """Count the loop that reads the logits: the backward branch around the most global loads."""
+    """Count the loop over the logits: the backward branch around the most exponentials."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
@@ -255,7 +255,7 @@ def _main_loop(sass: str, columns: int) -> dict[str, Any]:
             # A branch on a uniform predicate is printed with its address; an instruction takes 16 bytes.
             start = labels[branch[1]] if branch[1] in labels else int(branch[1], 16) // 16
             loops += [instructions[start : i + 1]] if start < i else []
-    body = max(loops, key=lambda loop: sum("LDG" in text for text in loop) - len(loop) / 10_000)
+    body = max(loops, key=lambda loop: sum("MUFU.EX2" in text for text in loop) - len(loop) / 10_000)
     kinds = Counter(re.sub(r"^@!?U?P\w+ ", "", text).split()[0].rstrip(";") for text in body)
     return dict(
         instructions=sum(count for kind, count in kinds.items() if kind != "NOP") / columns,

@@ -186,7 +186,7 @@ struct Gradient {
   const GradRow& row;
 
   Gradient(const TokenTransform& options, const T* x, Out* out, const GradRow& row)
-      : transform(Transform::for_stored_max(options, finite(row.reference))),
+      : transform(options, finite(row.reference)),
         distance(transform.reference - finite(row.reference)), weight(__builtin_exp(distance)),
         factor{float((row.factor + row.entropy_factor * (row.entropy_offset + distance)) * weight),
                float(row.entropy_factor * kLn2 * weight)},
@@ -293,7 +293,17 @@ void grad_with(const TokenTransform& options, DType dtype, const void* x, int64_
   });
 }
 
-void grad(const TokenTransform& options, DType dtype, const void* x, int64_t columns, const GradRow& row) {
+// A stored maximum beyond kCoarse does not tell which logit it was: the largest of these columns, or none of them.
+GradRow with_exact_max(const TokenTransform& options, DType dtype, const void* x, int64_t columns, GradRow row) {
+  const double top = rpo::transform(options, largest_logit(dtype, x, columns));
+  if (double(float(top)) != row.reference) row.factor = row.entropy_factor = 0;
+  row.reference = top;
+  return row;
+}
+
+void grad(const TokenTransform& options, DType dtype, const void* x, int64_t columns, const GradRow& stored) {
+  const bool is_coarse = __builtin_fabs(stored.reference) >= rpo::kCoarse && stored.reference - stored.reference == 0;
+  const GradRow row = is_coarse ? with_exact_max(options, dtype, x, columns, stored) : stored;
   if (options.softcap > 0) return grad_with<SoftCapped>(options, dtype, x, columns, row);
   if (kFused && __builtin_fabs(row.reference) < kHuge) return grad_with<Scaled>(options, dtype, x, columns, row);
   grad_with<Centered>(options, dtype, x, columns, row);

@@ -128,17 +128,27 @@ void rescan(const Logits& l, const char* row, const Segment& s, Partial& partial
   partial.top = float(top);
 }
 
-// Statistics are stored in float: beyond kCoarse, z itself is rounded to float before it is used.
+// Statistics are stored in float: beyond kCoarse, what is compared with stored ones is rounded to float itself.
 double as_stored(double z) { return std::fabs(z) < rpo::kCoarse ? z : double(float(z)); }
+double exact(double z) { return z; }
 
-Row combine(const Logits& l, const Position& p, const Partial* partials, const Row& running) {
+Row with_stored_max(const Row& row) {
+  Row rounded = row;
+  rounded.max = double(float(row.max));
+  rounded.sumexp = rounded.sum_exp_z = rounded.sum_z = rounded.sum_sq_exp = 0;
+  add(rounded, std::fabs(rounded.max) < rpo::kCoarse ? row.max : rounded.max, row);
+  return rounded;
+}
+
+Row combine(const Logits& l, const Position& p, const Partial* partials, const Row& running, bool continued) {
+  double (*const known)(double) = continued ? as_stored : exact;
   Row row;
   const Partial* const end = partials + segments_of(l);
   row.max = running.max;
   for (const Partial* i = partials; i < end; ++i) row.max = max_or_nan(row.max, transform(l.options, i->top));
-  row.max = double(float(row.max));  // rounded as it is stored, because the sums are relative to the stored value
+  row.max = known(row.max);
   add(row, running.max, running);
-  for (const Partial* i = partials; i < end; ++i) add(row, as_stored(i->reference), *i);
+  for (const Partial* i = partials; i < end; ++i) add(row, known(i->reference), *i);
   row.max_before_label = running.max_before_label;
   for (const Partial* i = partials; i < end; ++i)
     row.max_before_label = max_or_nan(row.max_before_label, transform(l.options, i->max_before_label));
@@ -146,7 +156,7 @@ Row combine(const Logits& l, const Position& p, const Partial* partials, const R
   row.label_logit = running.label_logit;
   const int64_t column = p.label - l.first_column;
   if (column >= 0 && column < l.columns)
-    row.label_logit = max_or_nan(row.label_logit, as_stored(transform(l.options, element(p.row, l.dtype, column))));
+    row.label_logit = max_or_nan(row.label_logit, known(transform(l.options, element(p.row, l.dtype, column))));
   return row;
 }
 
@@ -163,9 +173,10 @@ void finish(const Logits& l, const Position& p, const Partial* partials, bool co
       if (out.max_before_label) running.max_before_label = out.max_before_label[i];
       if (out.sum_sq_exp) running.sum_sq_exp = out.sum_sq_exp[i];
     }
-    row = combine(l, p, partials, running);
+    row = combine(l, p, partials, running, continued);
     logp = row.label_logit - row.max - std::log(row.sumexp);
     if (logp > 0) logp = 0;  // positive only by rounding
+    row = with_stored_max(row);
   }
   out.logp[i] = float(logp);
   out.max[i] = float(row.max);

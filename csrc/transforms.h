@@ -19,8 +19,6 @@ struct Scaled {
   Floats slope, offset;
   double reference;
 
-  static Scaled for_stored_max(const TokenTransform& options, double near) { return {options, near}; }
-
   Scaled(const TokenTransform& options, double near) {
     const double scale = options.logit_scale / options.temperature;
     const float a = float(scale * kLog2e), b = float(-a * near / scale);
@@ -38,7 +36,7 @@ struct Scaled {
 
 // The same for huge logits, and for CPUs without fused multiply-add.
 struct Centered {
-  Floats center, slope, limit = kInfinity;
+  Floats center, slope;
   double reference;
 
   Centered(const TokenTransform& options, double near) {
@@ -46,23 +44,9 @@ struct Centered {
     const float x = float(near / scale);
     center = x;
     slope = float(scale * kLog2e);
-    reference = x * scale;
+    reference = rpo::transform(options, x);  // not inlined: a fused subtraction would not see its rounding
   }
-  // For a maximum stored in float: where floats are coarse, logits within one float of it count as the maximum.
-  static Centered for_stored_max(const TokenTransform& options, double near) {
-    Centered transform(options, near);
-    if (__builtin_fabs(near) >= rpo::kCoarse && near - near == 0) {
-      const float x = transform.center.a[0], step = __builtin_fabsf(x) * 0x1p-23f;
-      transform.center = x - step;
-      transform.limit = 0.0f;
-      transform.reference = near;
-    }
-    return transform;
-  }
-  RPO_INLINE Floats log2_weight(Floats x) const {
-    const Floats y = (x - center) * slope;
-    return select(y > limit, limit, y);
-  }
+  RPO_INLINE Floats log2_weight(Floats x) const { return (x - center) * slope; }
   template <class Factor>
   RPO_INLINE Floats gradient(Floats x, const Factor& factor) const {
     const Floats y = log2_weight(x);
@@ -76,7 +60,6 @@ struct SoftCapped {
   Floats slope, cap, middle, high, low;
   double reference;
 
-  static SoftCapped for_stored_max(const TokenTransform& options, double near) { return {options, near}; }
   SoftCapped(const TokenTransform& options, double near) {
     const double largest = options.softcap / options.temperature;
     slope = float(options.logit_scale / options.softcap);

@@ -50,9 +50,9 @@ def token_logprobs(
 
     Returns:
         Natural log-probabilities of the labels' shape, float32 (float64 for float64 logits); 0 where not scored.
-        Differentiable once in `logits`. Beyond 1e9 in size, a step of float32 outweighs a whole softmax: where all of
-        a row's logits lie there and `logit_scale / temperature` is not a power of two, its gradients (with
-        `"native"` also its value) may be infinite or NaN. With `outputs`, a `TokenOutputs` that holds them as `logps`
+        Differentiable once in `logits`. Logits of any finite size are taken exactly, but where `backend="torch"` rounds
+        `logit_scale / temperature * logits` to float32 like any other operator: beyond 1e9 in size, logits one step of
+        float32 apart may count as equal there. With `outputs`, a `TokenOutputs` that holds them as `logps`
         beside what was asked for; its `entropy` is differentiable too.
 
     Properties, which tests/fuzz checks: a row's result depends on no other row, to the bit; the gradient is linear in

@@ -238,22 +238,3 @@ def test_labels_out_of_range(backend, backend_device, bad, monkeypatch):
     monkeypatch.setenv("RPO_KERNELS_CHECK", "1")
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 301\)"):
         token_logprobs(logits, labels, backend=backend)
-
-
-@pytest.mark.parametrize("options", [dict(temperature=3.0), dict(temperature=0.7, logit_scale=0.3), dict()], ids=str)
-@pytest.mark.parametrize("big", [1e6, 2e9, 1e15, 1e20, 1e38])
-def test_one_huge_logit(big, options, backend, backend_device):
-    """Only rows whose logits are all huge may lose their differences: here, the others are ordinary."""
-    if backend == "triton" and big >= 1e15:
-        pytest.xfail("the Triton gradient loses a row's rounding residual beyond float32's integers")
-    scale = options.get("logit_scale", 1.0) / options.get("temperature", 1.0)
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
-        logits[0, 77], logits[0, 3] = big, -big
-        for label in (77, 0, 3):
-            leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
-            logp = token_logprobs(leaf, torch.tensor([label]), backend=backend, **options)
-            expected = (exact * scale).log_softmax(-1)[:, label]
-            torch.testing.assert_close(logp.double(), expected, rtol=1e-6, atol=1e-12)
-            grads = torch.autograd.grad(logp, leaf)[0].double(), torch.autograd.grad(expected, exact)[0]
-            torch.testing.assert_close(*grads, rtol=4e-3, atol=1e-6)

@@ -9,6 +9,7 @@ from rpo_kernels import linear_token_logprobs, memory_plan
 from rpo_kernels.head import budget as budgets
 from rpo_kernels.head import gemm, plan, tiles
 from rpo_kernels.kernels import native_head
+from rpo_kernels.kernels.softmax import TileSoftmax
 
 CPU = torch.device("cpu")
 
@@ -176,9 +177,6 @@ def as_numpy(x):
 
 @BUDGETS
 @NEEDS
-# A CPU multiplies rows of bfloat16 by float32 factors through float32 copies, which explains the cases without
-# hidden states at a budget of 0 and with 20MB of the weight alone; with hidden states 96 kB (1.2%) are not explained.
-@pytest.mark.xfail(reason="the emulated products and factors allocate copies that a GPU does not make")
 def test_predicted_peak_of_an_accelerator(live_backend, monkeypatch, needs, budget):
     """Products that read bfloat16 and write float32, as on a GPU, made up here."""
 
@@ -188,17 +186,20 @@ def test_predicted_peak_of_an_accelerator(live_backend, monkeypatch, needs, budg
     def add_product(total, left, right):
         total.numpy()[...] += as_numpy(left) @ as_numpy(right)
 
+    def scale_rows(self, hidden, factor, before, out):
+        for rows in (slice(i, i + 1) for i in range(len(hidden))):  # a CPU's copies in float32 are as large as this
+            torch.mul(hidden[rows], factor[rows, None], out=out[rows])
+
     live_backend("native")
     monkeypatch.setattr(native_head, "serves", lambda *_: False)
+    monkeypatch.setattr(TileSoftmax, "scale_rows", scale_rows)
     for module in (plan, tiles):
         monkeypatch.setattr(module, "operand_dtype", lambda dtype, device: dtype)
     monkeypatch.setattr(gemm, "results_in_float32", lambda device, dtype: True)
     monkeypatch.setattr(gemm, "matmul", multiply)
     monkeypatch.setattr(gemm, "add_matmul", add_product)
     chosen, measured = predicted_and_measured(600, 800, 128, 16384, torch.bfloat16, needs, budget, "native")
-    # A CPU multiplies bfloat16 by float32 by way of a float32 copy, which a GPU does not make.
-    copy = chosen.chunk_rows * 128 * 4
-    assert measured - copy <= chosen.peak_bytes <= 1.1 * measured
+    assert measured <= chosen.peak_bytes <= 1.1 * measured
 
 
 def test_a_budget_that_cannot_be_met_does_not_crumble_the_work():

@@ -5,6 +5,10 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# From this size on a stored maximum does not tell which logit it was: float32's steps are wider than a softmax.
+COARSE = tl.constexpr(2.0**30)
+# The maximum of nothing but -inf, whose distance from it is then -inf and not NaN.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit

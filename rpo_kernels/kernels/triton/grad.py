@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..interface import ActiveColumns, EntropyGrad, RowStats, TokenOptions
-from .arithmetic import LN2, LOG2E, expm1, squash
+from .arithmetic import COARSE, LN2, LOG2E, expm1, squash
 from .tiling import (
     DTYPES,
     INTEGERS,
@@ -159,7 +159,21 @@ def row_grad_kernel(
     label_column = label.to(tl.int64) - first_column
 
     edges = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
-    edges = _grad(edges, column, label_column, top, others, tilt, own, inner, outer, TILTED, SOFTCAP)
+    # Beyond COARSE only the exact maximum of these columns counts, and nothing if that is not the row's.
+    to_z, to_bits = outer, outer * 0.0 + LOG2E
+    if tl.abs(top) >= COARSE:
+        exact = tl.where(inside, squash(edges, inner, SOFTCAP), float("-inf"))
+        lane = tl.arange(0, LANES)
+        for first in range(start, stop, LANES):
+            here = lane < stop - first
+            u = squash(tl.load(body + first + lane, mask=here, other=0.0).to(tl.float32), inner, SOFTCAP)
+            exact = tl.maximum(exact, tl.where(here, u, float("-inf")))
+        exact = tl.max(exact, axis=0)
+        holds_top = exact * outer >= top
+        others = tl.where(holds_top, others, 0.0)
+        tilt = tl.where(holds_top, tilt, 0.0)
+        to_z, to_bits, top = 1.0, outer * LOG2E, exact
+    edges = _grad(edges, column, label_column, top, others, tilt, own, inner, to_z, to_bits, TILTED, SOFTCAP)
     tl.store(out_row + column, edges.to(out.dtype.element_ty), mask=inside)
     if active is not None:
         tl.store(active + column, 1, mask=inside & _exceeds(edges, threshold))
@@ -171,14 +185,14 @@ def row_grad_kernel(
     for i in range(start, tl.where(holds_label, whole - BLOCK, whole), BLOCK):
         first = i + tl.where(i >= special, BLOCK, 0)
         x = tl.load(body + first + offsets, eviction_policy="evict_first").to(tl.float32)
-        grad = _grad(x, None, None, top, others, tilt, own, inner, outer, TILTED, SOFTCAP)
+        grad = _grad(x, None, None, top, others, tilt, own, inner, to_z, to_bits, TILTED, SOFTCAP)
         tl.store(out_body + first + offsets, grad.to(out.dtype.element_ty))
         if active is not None:
             tl.store(active + head + first + offsets, 1, mask=_exceeds(grad, threshold))
     for first in range(special, stop, tl.where(special < whole, whole - special, BLOCK)):
         here = offsets < stop - first
         x = tl.load(body + first + offsets, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        grad = _grad(x, offsets, label_offset - first, top, others, tilt, own, inner, outer, TILTED, SOFTCAP)
+        grad = _grad(x, offsets, label_offset - first, top, others, tilt, own, inner, to_z, to_bits, TILTED, SOFTCAP)
         tl.store(out_body + first + offsets, grad.to(out.dtype.element_ty), mask=here)
         if active is not None:
             tl.store(active + head + first + offsets, 1, mask=here & _exceeds(grad, threshold))
@@ -186,15 +200,15 @@ def row_grad_kernel(
 
 @triton.jit
 def _grad(
-    x, column, label_column, top, others, tilt, own, inner, outer, TILTED: tl.constexpr, SOFTCAP: tl.constexpr
+    x, column, label_column, top, others, tilt, own, inner, to_z, to_bits, TILTED: tl.constexpr, SOFTCAP: tl.constexpr
 ):  # fmt: skip
     """Gradient of some columns, none of them the label's if `column` is None."""
     u = squash(x, inner, SOFTCAP)
-    bits = tl.fma(u, outer, -top) * LOG2E
+    away = tl.fma(u, to_z, -top) * to_bits
     factor = others
     if TILTED:
-        factor += tl.maximum(bits, -1e4) * tilt  # finite, so that 0 times it is 0
-    grad = tl.exp2(bits) * factor
+        factor += tl.maximum(away, -1e4) * tilt  # finite, so that 0 times it is 0
+    grad = tl.exp2(away) * factor
     if column is not None:
         grad = tl.where(column == label_column, own, grad)
     if SOFTCAP:

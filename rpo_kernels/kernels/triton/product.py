@@ -16,8 +16,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..interface import RowStats, TokenOptions
-from .arithmetic import LOG2E, squash
-from .stats import LOWEST, finish_row
+from .arithmetic import LOG2E, LOWEST, squash
+from .stats import finish_row
 from .tiling import processors, scales
 
 MERGED_ROWS, MERGED_BLOCKS = 32, 32

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..interface import ActiveColumns, KeptTiles, RowStats, TokenOptions, row_length
 from ..softmax import LARGEST_ENTRY, SLACK, TileSoftmax
-from .arithmetic import LOG2E, expm1, squash
+from .arithmetic import COARSE, LOG2E, LOWEST, expm1, squash
 from .tiling import scales
 
 COLUMNS_A_WARP = 1024  # of a row in registers: 32 a thread
@@ -182,10 +182,13 @@ def tile_kernel(
         tl.store(label_logits + row, u_label * outer)
 
     before = tl.load(tops + row)
-    top = tl.max(u, axis=0) * outer
+    u_top = tl.max(u, axis=0)
+    top = u_top * outer
     base = tl.where(top - before > _SLACK, top, before)
     base = tl.where(base == float("-inf"), 0.0, base)
-    p = tl.exp2(tl.fma(u, outer, -base) * LOG2E)
+    # From the exact maximum: beyond COARSE what its product rounds off would overflow the exponential.
+    away = tl.where(tl.abs(top) < COARSE, tl.fma(u_top, outer, -base), top - base)
+    p = tl.exp2(tl.fma(u - tl.maximum(u_top, LOWEST), outer * LOG2E, away * LOG2E))
     sumexp = tl.load(sumexps + row) * tl.exp2((before - base) * LOG2E) + tl.sum(p, axis=0)
     moves = (base != before) | (sumexp > _LARGEST_SUM)
     reference = tl.where(moves, base + tl.log(sumexp), before)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..interface import RowStats, TokenOptions
-from .arithmetic import LN2, LOG2E, squash
+from .arithmetic import COARSE, LN2, LOG2E, LOWEST, squash
 from .tiling import (
     INTEGERS,
     checked,
@@ -26,9 +26,6 @@ from .tiling import (
     scales,
     vector_range,
 )
-
-# Below every finite float32, so that a lane that saw nothing but -inf needs no special case: -inf minus it is -inf.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 def row_stats(
@@ -291,8 +288,8 @@ def finish_row(stats, at, u_label, top, sumexp, sum_exp_z, sum_sq_exp, sum_z, be
     label_logit = u_label * outer
     logp = (u_label - top) * outer - tl.log(sumexp)
     z_top = top * outer
-    # sumexp belongs to the exact maximum; refer it to the rounded one that is stored.
-    rounding = tl.where(sumexp > 0, tl.fma(top, outer, -z_top), 0.0)
+    # sumexp belongs to the exact maximum; refer it to the rounded one that is stored, if the exponential can.
+    rounding = tl.where((sumexp > 0) & (tl.abs(z_top) < COARSE), tl.fma(top, outer, -z_top), 0.0)
     sumexp, sum_exp_z, sum_sq_exp = _lower(stats, sumexp, sum_exp_z, sum_sq_exp, rounding * LOG2E)
     z_top = tl.where(sumexp == 0, float("-inf"), z_top)
     if RUNNING:
