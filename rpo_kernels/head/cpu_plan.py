@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..kernels.native_head import PANEL, Buffers, panels
 
 LABEL_ROWS = 128  # rows whose label's part is taken at once
-# Rows a chunk and columns a tile, the first that the budget allows: its packed operands are read from caches.
+# Rows a chunk and columns a tile: packed operands are read from caches.
 _SHAPES = ((1024, 2016), (1024, 1008), (1024, 504), (512, 504), (512, 252), (256, 252), (128, 252))
 _A_ROW_FORWARD, _A_ROW_BACKWARD = 88, 48  # bytes of the numbers that a row has beside its hidden state
 _SMALL = 4096  # tensors of a few numbers
@@ -29,13 +29,10 @@ class CpuWork:
         """Whether anything but the hidden states' gradient may wait for backward."""
         return not self.filtered
 
-    def shape(self, budget: int) -> tuple[int, int]:
-        """Rows a chunk and columns a tile, of which what depends on them takes half of what the budget leaves; an
-        eighth of the least need where the budget cannot be met."""
-        shapes = [self._fitted(*shape) for shape in _SHAPES]
-        least = self.peak_bytes(*shapes[-1], 0)
-        allowed = least + ((budget - least) // 2 if least < budget else least // 8)
-        return next((shape for shape in shapes if self.peak_bytes(*shape, 0) <= allowed), shapes[-1])
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows a chunk and columns a tile, from the largest down."""
+        return [self._fitted(*shape) for shape in _SHAPES]
 
     def _fitted(self, chunk: int, tile: int) -> tuple[int, int]:
         chunks = max(1, math.ceil(self.rows / chunk))  # of equal size

@@ -47,12 +47,12 @@ class EvaluationWork:
     item: int  # bytes of an element of hidden states and weight
     needs_hidden = needs_weight = filtered = may_keep = False
 
-    def shape(self, budget: int) -> tuple[int, int]:
-        """Rows a chunk, as many as the budget allows, and all columns."""
-        chunk = min(CHUNK_ROWS, max(1, self.rows))
-        while chunk > LEAST_ROWS and self.forward_bytes(chunk, self.vocab, 0) > budget:
-            chunk = max(LEAST_ROWS, math.ceil(chunk / 2))
-        return chunk, self.vocab
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows a chunk, from the most down, and all columns."""
+        most = min(CHUNK_ROWS, max(1, self.rows))
+        halvings = range(max(0, math.ceil(math.log2(most / LEAST_ROWS))) + 1)
+        return [(max(min(most, LEAST_ROWS), math.ceil(most / 2**i)), self.vocab) for i in halvings]
 
     def forward_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """Peak of the forward pass."""

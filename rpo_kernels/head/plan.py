@@ -3,6 +3,7 @@
 Pure arithmetic: the walk carries out what is planned here, and the command line predicts from it.
 """
 
+import bisect
 import functools
 import math
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from .cpu_plan import CpuWork
 from .evaluation_plan import EvaluationWork
 
 EDGE = 256  # tiles of the vocabulary begin at multiples of this
+LEAST_KEPT = 1 / 16  # of the columns: keeping fewer saves less than larger tiles do
 DENSE_SHARE = 0.6  # above this share of active columns, a dense product over all costs less than gathering them
 # Rows a chunk and columns a tile before the budget speaks, and at least: large enough for GEMMs at full rate, on a CPU
 # small enough that a tile of logits is still in the last-level cache when the row kernels read it.
@@ -128,25 +130,21 @@ def memory_plan(
             exact=max(4, dtype.itemsize),
             capped=softcap is not None,
             reference=backend == "torch",
-            shapes=_SHAPES.get(device.type, _ACCELERATOR_SHAPES),
+            device_shapes=_SHAPES.get(device.type, _ACCELERATOR_SHAPES),
         )
     return _plan(work, budget)
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(work: "CpuWork | EvaluationWork | _Work", budget: int) -> MemoryPlan:
-    chunk, tile = work.shape(budget)
-    tiles = math.ceil(work.vocab / tile)
-    kept = 0
-    if work.needs_weight and work.may_keep:
-        kept = next(n for n in range(tiles, -1, -1) if n == 0 or work.peak_bytes(chunk, tile, n) <= budget)
+    chunk, tile, kept = _choose(work, budget)
     recomputed = (1 - min(1.0, kept * tile / work.vocab)) * work.needs_weight
     if work.filtered:
         recomputed = float(work.needs_hidden or work.needs_weight)
     return MemoryPlan(
         chunk_rows=chunk,
         tile_columns=tile,
-        tiles=tiles,
+        tiles=math.ceil(work.vocab / tile),
         kept_tiles=kept,
         kept_bytes=work.kept_bytes(chunk, tile, kept),
         forward_bytes=work.forward_bytes(chunk, tile, kept),
@@ -154,6 +152,44 @@ def _plan(work: "CpuWork | EvaluationWork | _Work", budget: int) -> MemoryPlan:
         gradient_bytes=work.gradient_bytes(),
         head_gemms=1 + work.needs_hidden + work.needs_weight + recomputed,
     )
+
+
+def _choose(work: "CpuWork | EvaluationWork | _Work", budget: int) -> tuple[int, int, int]:
+    """Rows a chunk, columns a tile, and tiles kept.
+
+    A shape is taken once it needs no more than half of what the budget leaves beyond the least; but not while a
+    smaller one, with the budget up to there, keeps more columns, so that a larger budget never costs more products.
+    Where hardly a column can be kept, the largest shape that fits is worth more. A budget that cannot be met may be
+    exceeded by an eighth of the least.
+    """
+    *larger, least = work.shapes
+    least_bytes = work.peak_bytes(*least, 0)
+    if budget <= least_bytes:
+        shapes = (shape for shape in larger if work.peak_bytes(*shape, 0) <= least_bytes + least_bytes // 8)
+        return *next(shapes, least), 0
+    begins = [2 * work.peak_bytes(*shape, 0) - least_bytes for shape in larger] + [least_bytes]
+    best, columns = (*least, 0), 0
+    for i, (chunk, tile) in reversed([*enumerate(work.shapes)]):
+        if begins[i] <= budget:
+            ends = max(begins[i], begins[i - 1]) if i else budget
+            kept = _kept_tiles(work, chunk, tile, min(budget, ends))
+            if kept * tile < LEAST_KEPT * work.vocab:
+                kept = 0
+            if min(kept * tile, work.vocab) >= columns:
+                best, columns = (chunk, tile, kept), min(kept * tile, work.vocab)
+        elif columns == 0 and work.peak_bytes(chunk, tile, 0) <= budget:
+            best = chunk, tile, 0
+    return best
+
+
+def _kept_tiles(work: "CpuWork | EvaluationWork | _Work", chunk: int, tile: int, budget: int) -> int:
+    """As many as the budget holds."""
+    if not (work.needs_weight and work.may_keep):
+        return 0
+    tiles = math.ceil(work.vocab / tile)
+    if work.peak_bytes(chunk, tile, tiles) <= budget:  # with nothing to compute again, less than with a tile fewer
+        return tiles
+    return bisect.bisect_left(range(1, tiles), True, key=lambda n: work.peak_bytes(chunk, tile, n) > budget)
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -181,30 +217,28 @@ class _Work:
     exact: int  # bytes of an element of logits, statistics and accumulated gradients
     capped: bool
     reference: bool
-    shapes: tuple[tuple[int, int], tuple[int, int]]  # rows a chunk and columns a tile: at first, and at least
+    device_shapes: tuple[tuple[int, int], tuple[int, int]]  # rows a chunk and columns a tile: at first, and at least
 
     @property
     def may_keep(self) -> bool:
         """Whether anything but the hidden states' gradient may wait for backward."""
         return not self.filtered
 
-    def shape(self, budget: int) -> tuple[int, int]:
-        """Rows a chunk and columns a tile: the device's shape, halved until what depends on it takes half of what the
-        budget leaves for it. Where the budget cannot be met, it may take an eighth of what is needed whatever the
-        shape."""
-        (chunk, tile), (least_rows, least_columns) = self.shapes
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows a chunk and columns a tile, from the largest down, halved in turn."""
+        (chunk, tile), (least_rows, least_columns) = self.device_shapes
         chunk = max(1, math.ceil(self.rows / max(1, math.ceil(self.rows / chunk))))  # chunks of equal size
         tile = min(tile, math.ceil(self.vocab / EDGE) * EDGE)
         least_rows, least_columns = min(chunk, least_rows), min(tile, least_columns)
-        least = self.peak_bytes(least_rows, least_columns, 0)
-        allowed = least + ((budget - least) // 2 if least < budget else least // 8)
-
-        while self.peak_bytes(chunk, tile, 0) > allowed and (tile > least_columns or chunk > least_rows):
+        found = [(chunk, tile)]
+        while tile > least_columns or chunk > least_rows:
             if tile > least_columns and (tile * 2 > chunk or chunk <= least_rows):
                 tile = max(least_columns, tile // 2 // EDGE * EDGE)
             else:
                 chunk = max(least_rows, math.ceil(chunk / 2))
-        return chunk, tile
+            found.append((chunk, tile))
+        return found
 
     def peak_bytes(self, chunk: int, tile: int, kept: int) -> int:
         return max(self.forward_bytes(chunk, tile, kept), self.backward_bytes(chunk, tile, kept))
