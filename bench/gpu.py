@@ -22,6 +22,7 @@ from rpo_kernels.benchmark.machine import describe_machine, device_slug, same_se
 from rpo_kernels.benchmark.results import save_json
 
 TOTAL_SECONDS = 8.5 * 60
+GRACE_SECONDS = 8  # for a step that is out of time to write down what it found
 _CLI = ["-m", "rpo_kernels.cli"]
 _PARALLEL = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 _DEVICE_LOST = 3  # exit status of a benchmark that can go on in a new process
@@ -62,6 +63,7 @@ STEPS = [
         _bench("shapes", f"--model {model} --case head logits --seconds 3", 60)
         for model in ("llama-3.1-8b", "gemma-3-270m", "qwen2.5-0.5b")
     ],
+    Step("evaluate", 30, [_PARTS, "evaluate"]),
     Step("tune", 90, [_PARTS, "tune"]),
     _bench("shapes", "--model llama-3.1-8b --case head-frozen head-eval --seconds 3", 60),
     Step("memory", 60, [*_CLI, "memory", "--model", "llama-3.1-8b", "--responses", "4", "--length", "2048"]),
@@ -129,7 +131,8 @@ def run(step: Step, seconds: float, folder: Path) -> int:
 
 
 def _run(command: list[str], seconds: float) -> tuple[str, int]:
-    """Output and exit status; out of time, what it started is stopped too, and the status is 124."""
+    """Output and exit status. Out of time, the command is interrupted so that it writes down what it found, then
+    stopped with all that it started, and the status is 124."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
@@ -137,9 +140,13 @@ def _run(command: list[str], seconds: float) -> tuple[str, int]:
             output, _ = process.communicate(timeout=seconds)
             return output, process.returncode
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+        try:
+            output, _ = process.communicate(timeout=GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
-            return output, 124
+        return output, 124
 
 
 def _read(record: Path, machine: dict) -> dict:

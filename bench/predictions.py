@@ -7,6 +7,7 @@ none was measured with this package. The table is committed so that a first run 
 """
 
 import argparse
+import functools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +51,7 @@ MODELS = {
 }
 
 
+@functools.cache
 def product(rows: int, columns: int, inner: int, out_bytes: int = 4, adds: bool = False) -> float:
     """Microseconds of `[rows, inner] x [inner, columns]`, the best of some block sizes and splits of the inner sum."""
     best = math.inf

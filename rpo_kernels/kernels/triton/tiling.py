@@ -15,6 +15,8 @@ from ..interface import TokenOptions
 
 NUM_WARPS = 4
 LANES = NUM_WARPS * (64 if torch.version.hip else 32)
+MOST_STEPS = 4  # vectors a lane and block
+SPLIT_PROGRAMS = 8  # a processor, where rows alone would leave processors idle
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = ["length", "columns", "first_column", "ignore_index", "blocks"]
 
@@ -29,13 +31,15 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(rows: int, columns: int, vector: int, processors: int) -> Tiling:
-    """Blocks of four vectors a lane; several programs a row only where rows alone would leave processors idle."""
+    """Blocks of some vectors a lane; several programs a row only where rows alone would leave processors idle."""
     vectors = triton.cdiv(columns, vector)
-    steps = min(4, triton.next_power_of_2(triton.cdiv(vectors, LANES)))
+    steps = min(MOST_STEPS, triton.next_power_of_2(triton.cdiv(vectors, LANES)))
     blocks = triton.cdiv(vectors, LANES * steps)
     splits = 1
-    if rows < 4 * processors:
-        splits = min(triton.next_power_of_2(triton.cdiv(8 * processors, rows)), triton.next_power_of_2(blocks))
+    if 2 * rows < SPLIT_PROGRAMS * processors:
+        splits = min(
+            triton.next_power_of_2(triton.cdiv(SPLIT_PROGRAMS * processors, rows)), triton.next_power_of_2(blocks)
+        )
     return Tiling(vector, LANES, steps, splits)
 
 
