@@ -86,8 +86,10 @@ RPO_INLINE void make_logits(const HeadTile& t, const Shape& shape, const Place& 
 }
 
 RPO_INLINE void write(const HeadTile& t, const Shape& shape, const Place& place, const Strip& strip) {
-  write(strip, t.unit ? unit_of(t, shape, place.strip, place.panel) : nullptr,
-        t.pairs ? place.pairs + place.block_strip * kStrip / 2 * kPanel : nullptr);
+  uint32_t* const unit = t.unit ? unit_of(t, shape, place.strip, place.panel) : nullptr;
+  uint32_t* const pairs = t.pairs ? place.pairs + place.block_strip * kStrip / 2 * kPanel : nullptr;
+  if (t.stream) write<true>(strip, unit, pairs);
+  else write<false>(strip, unit, pairs);
 }
 
 // Adds the block's part in the gradient of the hidden states.
@@ -119,6 +121,7 @@ RPO_INLINE void walk(const HeadTile& t, const Shape& shape, int64_t first_panel,
       }
       if (t.pairs) add_gradient(t, shape, panel, block, pairs);
     }
+  if (t.stream) _mm_sfence();  // before other threads read what was written past the caches
 }
 
 // ---- forward
@@ -304,7 +307,8 @@ RPO_INLINE void write_gradient(const HeadTile& t, const WeightGradient& g, int64
     const int64_t column = strip * kStrip + r, place = (g.index ? int64_t(g.index[column]) : column) * t.width;
     __m512 a = _mm512_load_ps(x[r]), b = _mm512_load_ps(x[r] + 16);
     if (g.rounded) {
-      _mm512_mask_storeu_epi16(g.rounded + place + piece * kPanel, mask, pack(a, b));
+      uint16_t* const out = g.rounded + place + piece * kPanel;
+      _mm512_mask_storeu_epi16(out, mask, pack(a, b));
       continue;
     }
     float* const out = g.exact + place + piece * kPanel;

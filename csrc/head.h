@@ -38,6 +38,7 @@ struct HeadTile {
   uint32_t* unit;          // written, or null
   int64_t row_count, column_count, width;
   TokenTransform options;
+  int32_t stream;          // whether `unit` is written past the caches: nothing reads it before backward
 };
 
 // Running softmax of the rows over all columns but the label's, relative to 2^reference. The reference is an integer,

@@ -96,13 +96,18 @@ RPO_INLINE Floats top_of(const Strip& strip) {
 }
 
 // The strip as bfloat16: a row of 32 for each column in `unit`, a pair of columns for each row in `pairs`; null: not.
+template <bool kStream>
 RPO_INLINE void write(const Strip& strip, uint32_t* unit, uint32_t* pairs) {
+  const auto put = [](uint32_t* to, __m512i x) __attribute__((always_inline)) {
+    if (kStream) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), x);
+    else _mm512_store_si512(to, x);
+  };
   RPO_UNROLL for (int r = 0; r < kStrip; r += 2) {
     const Floats x = load(strip.x[r]), y = load(strip.x[r + 1]);
     const __m512i even = pack((__m512)x.a, (__m512)x.b), odd = pack((__m512)y.a, (__m512)y.b);
     if (unit) {
-      _mm512_store_si512(unit + r * kPiece, even);
-      _mm512_store_si512(unit + (r + 1) * kPiece, odd);
+      put(unit + r * kPiece, even);
+      put(unit + (r + 1) * kPiece, odd);
     }
     if (pairs) interleave(even, odd, pairs + r / 2 * kPanel, pairs + r / 2 * kPanel + 16);
   }

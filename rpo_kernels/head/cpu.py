@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import native_head
+from ..kernels import native, native_head
 from ..kernels.interface import TokenOptions
 from ..kernels.native_head import Buffers, LabelGain, Running, Tile
 from .cpu_plan import LABEL_ROWS
@@ -74,7 +74,7 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
         stats=stats,
         references=stats.new_empty(cuts.kept_tiles, count),
         unit=stats.new_empty(count if differentiates else 0, width),
-        kept=head.hidden.new_empty(cuts.kept_size()),
+        kept=native.empty((cuts.kept_size(),), head.hidden),
         active=head.hidden.new_zeros(len(cuts.chunks) * vocab if filtered else 0, dtype=torch.uint8),
         schedule=torch.tensor([*cuts, filtered], dtype=torch.int64, device="cpu"),
     )
@@ -150,7 +150,8 @@ class _ForwardChunk:
     def read(self, columns: slice, kept: Tensor | None) -> None:
         """Continue the softmax, and the hidden states' gradient, with a tile."""
         tile = self.work.tile(columns, None, self.lanes, self.columns - columns.start, self.rows)
-        tile = tile._replace(gradient=self.gradient, unit=self.work.unit if kept is None else kept)
+        unit = self.work.unit if kept is None else kept
+        tile = tile._replace(gradient=self.gradient, unit=unit, stream=kept is not None)
         running = Running(self.reference, self.sum, self.label)
         if self.marks is not None:
             running = running._replace(marks=self.marks[columns], dropped=self.dropped, threshold=self.threshold)

@@ -108,6 +108,7 @@ class Tile(NamedTuple):
     pairs: Tensor | None = None
     gradient: Tensor | None = None  # added to, with `pairs`
     unit: Tensor | None = None  # written
+    stream: bool = False  # `unit` past the caches: nothing reads it before backward
 
 
 class Running(NamedTuple):
@@ -194,6 +195,7 @@ class _Tile(Structure):
         ("logit_scale", c_double),
         ("softcap", c_double),
         ("temperature", c_double),
+        ("stream", c_int32),
     ]
 
 
@@ -228,6 +230,7 @@ def _tile(tile: Tile) -> _Tile:
         options.logit_scale,
         options.softcap or 0.0,
         options.temperature,
+        tile.stream,
     )
 
 
