@@ -7,44 +7,19 @@
 
 #include "head.h"
 
+#include "blocks.h"
 #include "pack.h"
 #include "softmax.h"
+#include "weight_gradient.h"
 
 namespace {
 
 using rpo::FinishedRows;
 using rpo::HeadTile;
 using rpo::Matrix;
+using rpo::OutputRows;
 using rpo::RunningRows;
-using rpo::WeightGradient;
 using rpo::Workers;
-
-constexpr int64_t kGroup = 4;              // panels, at most, that meet a block of the weight while it is in the second-level cache
-constexpr int64_t kBlockBytes = 322560;    // of such a block
-constexpr int64_t kMaxBlockStrips = 18;    // of which the pairs of a panel are in the first-level cache
-constexpr int64_t kDepth = 16;             // panels whose hidden states are in the first-level cache (weight_gradient)
-
-struct Shape {
-  int64_t panels, strips, pieces, parts, pairs, block;
-  explicit Shape(const HeadTile& t)
-      : panels(over(t.row_count, kPanel)), strips(over(t.column_count, kStrip)), pieces(over(t.width, kPanel)),
-        parts(over(t.width, kStrip)), pairs(over(t.column_count, 2)) {
-    const int64_t fitting = kBlockBytes / (pieces * kStrip * kPiece * 4);
-    block = fitting < 1 ? 1 : smaller(fitting, kMaxBlockStrips);
-  }
-};
-
-// Panels in a group: fewer where there are threads for more groups.
-RPO_INLINE int64_t group_of(const Workers& workers, const Shape& shape) {
-  const int64_t share = shape.panels / workers.threads;
-  return share < 1 ? 1 : smaller(share, kGroup);
-}
-
-template <class Task>
-RPO_INLINE void share_out(const Workers& workers, int64_t count, const Task& task) {
-  rpo::share_out(
-      workers, count, 1, [](const void* t, int64_t item) { (*static_cast<const Task*>(t))(item); }, &task);
-}
 
 // ---- packing
 
@@ -70,10 +45,6 @@ struct Place {
   uint32_t* pairs;       // of the block, [block * 7][32]
   int64_t block_strip;   // strips of the block before this one
 };
-
-RPO_INLINE uint32_t* unit_of(const HeadTile& t, const Shape& shape, int64_t strip, int64_t panel) {
-  return t.unit + (strip * shape.panels + panel) * kStrip * kPiece;
-}
 
 RPO_INLINE void make_logits(const HeadTile& t, const Shape& shape, const Place& place, Strip& strip) {
   Sums sums;
@@ -129,19 +100,27 @@ RPO_INLINE void walk(const HeadTile& t, const Shape& shape, int64_t first_panel,
 // A panel's sums of one tile, and what they are compared with: the sum of all columns before, label included.
 struct PanelSums {
   alignas(64) float reference[kPanel], before[kPanel], sum[kPanel];
+  alignas(64) float weighted[kPanel], total[kPanel], squares[kPanel];  // as in OutputRows
 
   void begin(const RunningRows& rows, int64_t panel) {
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const int64_t row = panel * kPanel + lane;
       reference[lane] = rows.reference[row];
       before[lane] = float(rows.sum[row]);
-      sum[lane] = 0;
+      sum[lane] = weighted[lane] = total[lane] = squares[lane] = 0;
     }
     const Floats label = load(rows.label + panel * kPanel) - load(reference);
     ::store(before, load(before) + exp2(label));
   }
   void end(const RunningRows& rows, int64_t panel) const {
-    for (int64_t lane = 0; lane < kPanel; ++lane) rows.sum[panel * kPanel + lane] += double(sum[lane]);
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      const int64_t row = panel * kPanel + lane;
+      rows.sum[row] += double(sum[lane]);
+      if (!rows.outputs.weighted) continue;
+      rows.outputs.weighted[row] += double(weighted[lane]);
+      rows.outputs.total[row] += double(total[lane]);
+      rows.outputs.squares[row] += double(squares[lane]);
+    }
   }
   RPO_INLINE static Floats load(const float* x) { return ::load(x); }
 };
@@ -154,12 +133,19 @@ __attribute__((noinline)) void move_references(const HeadTile& t, const Shape& s
   const Floats reference = select(top > old + kMargin, above, old);
   alignas(64) float factor[kPanel];
   store(factor, select(reference > old, exp2(old - reference), 1.0f));
-  const Floats by_lane = load(factor);
+  const Floats by_lane = load(factor), step = select(reference > old, reference - old, 0.0f);
+  store(sums.weighted, (load(sums.weighted) - step * load(sums.sum)) * by_lane);
+  store(sums.squares, load(sums.squares) * by_lane * by_lane);
   store(sums.reference, reference);
   store(sums.before, load(sums.before) * by_lane);
   store(sums.sum, load(sums.sum) * by_lane);
   for (int64_t lane = 0; lane < kPanel; ++lane) {
     const int64_t row = place.panel * kPanel + lane;
+    if (rows.outputs.weighted) {
+      const double moved = factor[lane] < 1 ? double(sums.reference[lane]) - double(rows.reference[row]) : 0;
+      rows.outputs.weighted[row] = (rows.outputs.weighted[row] - moved * rows.sum[row]) * double(factor[lane]);
+      rows.outputs.squares[row] *= double(factor[lane]) * double(factor[lane]);
+    }
     rows.reference[row] = sums.reference[lane];
     rows.sum[row] *= double(factor[lane]);
     if (rows.dropped) rows.dropped[row] *= double(factor[lane]);
@@ -187,21 +173,57 @@ __attribute__((noinline)) void move_references(const HeadTile& t, const Shape& s
   }
 }
 
+// Largest logits before and after each row's label, and the label's own.
+RPO_INLINE void note_tops(const HeadTile& t, const OutputRows& rows, const Place& place, const Strip& strip,
+                          Floats top) {
+  const int64_t first = place.strip * kStrip, panel = place.panel * kPanel;
+  float* const before = rows.top_before + panel;
+  float* const after = rows.top_after + panel;
+  const int32_t* const labels = t.labels + panel;
+  if (__builtin_expect(strip.masked, 0)) {
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      const int64_t label = labels[lane] - first;
+      if (label >= 0 && label < strip.columns) rows.at_label[panel + lane] = strip.at_label[lane];
+      for (int64_t r = 0; r < strip.columns; ++r) {
+        float& to = r < label ? before[lane] : after[lane];
+        if (r != label && strip.x[r][lane] > to) to = strip.x[r][lane];
+      }
+    }
+    return;
+  }
+  const IntVector last = int32_t(first + kStrip - 1) - IntVector{};
+  const Ints label = load(labels), is_before = {label.a > last, label.b > last};
+  store(before, select(is_before, maximum(top, load(before)), load(before)));
+  store(after, select(is_before, load(after), maximum(top, load(after))));
+}
+
 // Turns logits into weights, adds them up, marks columns.
-template <class Transform>
+template <bool kOutputs, class Transform>
 RPO_INLINE void weigh_forward(const Transform& transform, const RunningRows& rows, const Place& place, bool keep,
                               PanelSums& sums, Strip& strip) {
   const Floats reference = load(sums.reference), limit = (load(sums.before) + load(sums.sum)) * rows.threshold;
   uint8_t* const marks = rows.marks ? rows.marks + place.strip * kStrip : nullptr;
-  Floats even = 0.0f, odd = 0.0f;
+  Floats even = 0.0f, odd = 0.0f, weighted = 0.0f, total = 0.0f, squares = 0.0f;
   RPO_UNROLL for (int r = 0; r < kStrip; ++r) {
-    Floats steepness, weight = exp2(transform.bits(load(strip.x[r]), reference, steepness));
+    const Floats x = load(strip.x[r]);
+    Floats steepness, bits = transform.bits(x, reference, steepness), weight = exp2(bits);
     if (__builtin_expect(strip.masked, 0)) weight = masked(load(strip.live[r]), weight);
     (r % 2 ? odd : even) = (r % 2 ? odd : even) + weight;
     if (marks && r < strip.columns && any_exceeds(weight, limit)) __atomic_store_n(marks + r, uint8_t(1), __ATOMIC_RELAXED);
+    if (kOutputs) {
+      Floats z = transform.absolute_bits(x, bits, reference);
+      if (__builtin_expect(strip.masked, 0)) z = masked(load(strip.live[r]), z);
+      total = total + z;
+      weighted = weighted + masked(weight > 0.0f, weight * bits);  // not 0 * -inf
+      squares = multiply_add(weight, weight, squares);
+    }
     if (keep) store(strip.x[r], weight * steepness);
   }
   store(sums.sum, load(sums.sum) + (even + odd));
+  if (!kOutputs) return;
+  store(sums.weighted, load(sums.weighted) + weighted);
+  store(sums.total, load(sums.total) + total);
+  store(sums.squares, load(sums.squares) + squares);
 }
 
 // Adds to `dropped` the weights of a panel in the columns without a mark.
@@ -220,7 +242,7 @@ void add_dropped(const HeadTile& t, const Shape& shape, const RunningRows& rows,
   }
 }
 
-template <class Transform>
+template <bool kOutputs, class Transform>
 void forward_with(const Workers& workers, const HeadTile& t, const RunningRows& rows) {
   const Shape shape(t);
   const Transform transform(t.options);
@@ -232,10 +254,11 @@ void forward_with(const Workers& workers, const HeadTile& t, const RunningRows& 
     for (int64_t panel = first; panel < last; ++panel) sums[panel - first].begin(rows, panel);
     walk(t, shape, first, last, [&](const Place& place, Strip& strip) __attribute__((always_inline)) {
       PanelSums& own = sums[place.panel - first];
-      const Floats top = transform.bits(top_of(strip), 0.0f);
+      const Floats largest = top_of(strip), top = transform.bits(largest, 0.0f);
+      if (kOutputs) note_tops(t, rows.outputs, place, strip, largest);
       const Ints high = top > load(own.reference) + kMargin;
       if (__builtin_expect(any(high), 0)) move_references(t, shape, rows, place, top, own);
-      weigh_forward(transform, rows, place, keep, own, strip);
+      weigh_forward<kOutputs>(transform, rows, place, keep, own, strip);
     });
     for (int64_t panel = first; panel < last; ++panel) sums[panel - first].end(rows, panel);
   });
@@ -243,14 +266,20 @@ void forward_with(const Workers& workers, const HeadTile& t, const RunningRows& 
     share_out(workers, shape.panels, [&](int64_t panel) { add_dropped(t, shape, rows, panel); });
 }
 
+template <bool kOutputs>
+void forward_of(const Workers& workers, const HeadTile& t, const RunningRows& rows) {
+  if (t.options.softcap > 0) forward_with<kOutputs, SoftCapped>(workers, t, rows);
+  else forward_with<kOutputs, Scaled>(workers, t, rows);
+}
+
 void forward(const Workers& workers, const HeadTile& t, const RunningRows& rows) {
-  if (t.options.softcap > 0) forward_with<SoftCapped>(workers, t, rows);
-  else forward_with<Scaled>(workers, t, rows);
+  if (rows.outputs.weighted) forward_of<true>(workers, t, rows);
+  else forward_of<false>(workers, t, rows);
 }
 
 // ---- backward
 
-template <class Transform>
+template <bool kEntropy, class Transform>
 void backward_with(const Workers& workers, const HeadTile& t, const FinishedRows& rows) {
   const Shape shape(t);
   const Transform transform(t.options);
@@ -260,106 +289,28 @@ void backward_with(const Workers& workers, const HeadTile& t, const FinishedRows
     walk(t, shape, first, last, [&](const Place& place, Strip& strip) __attribute__((always_inline)) {
       const Floats reference = load(rows.reference + place.panel * kPanel);
       const Floats factor = load(rows.factor + place.panel * kPanel);
+      const Floats tilt = kEntropy ? load(rows.tilt + place.panel * kPanel) : 0.0f;
+      const Floats offset = kEntropy ? load(rows.offset + place.panel * kPanel) : 0.0f;
       RPO_UNROLL for (int r = 0; r < kStrip; ++r) {
-        Floats steepness, weight = exp2(transform.bits(load(strip.x[r]), reference, steepness));
+        Floats steepness, bits = transform.bits(load(strip.x[r]), reference, steepness), weight = exp2(bits);
         if (__builtin_expect(strip.masked, 0)) weight = masked(load(strip.live[r]), weight);
-        store(strip.x[r], weight * steepness * factor);
+        Floats slope = factor;
+        if (kEntropy) slope = select(weight > 0.0f, multiply_add(tilt, bits + offset, factor), factor);  // not 0 * -inf
+        store(strip.x[r], weight * steepness * slope);
       }
     });
   });
 }
 
+template <bool kEntropy>
+void backward_of(const Workers& workers, const HeadTile& t, const FinishedRows& rows) {
+  if (t.options.softcap > 0) backward_with<kEntropy, SoftCapped>(workers, t, rows);
+  else backward_with<kEntropy, Scaled>(workers, t, rows);
+}
+
 void backward(const Workers& workers, const HeadTile& t, const FinishedRows& rows) {
-  if (t.options.softcap > 0) backward_with<SoftCapped>(workers, t, rows);
-  else backward_with<Scaled>(workers, t, rows);
-}
-
-// ---- gradients of weight and bias
-
-// Adds to the sums of a strip what its labels gain: gain * hidden state of each row whose label lies in it.
-RPO_INLINE void add_labels(const HeadTile& t, const WeightGradient& g, int64_t strip, int64_t piece,
-                           float (&x)[kStrip][kPanel]) {
-  const __m512i first = _mm512_set1_epi32(int(strip * kStrip)), count = _mm512_set1_epi32(int(kStrip));
-  for (int64_t row = 0; row < t.row_count; row += 16) {
-    const __m512i column = _mm512_sub_epi32(_mm512_load_si512(t.labels + row), first);
-    for (uint32_t found = _mm512_cmplt_epu32_mask(column, count); found; found &= found - 1) {
-      const int64_t i = row + __builtin_ctz(found);
-      if (i >= t.row_count) break;
-      float* const to = x[t.labels[i] - strip * kStrip];
-      const uint16_t* const hidden = row_of(g.hidden, i) + piece * kPanel;
-      for (int64_t k = 0; k < smaller(kPanel, t.width - piece * kPanel); ++k) {
-        const uint32_t bits = uint32_t(hidden[k]) << 16;
-        float value;
-        __builtin_memcpy(&value, &bits, sizeof value);
-        to[k] += g.gain[i] * value;
-      }
-    }
-  }
-}
-
-// Writes sums of a strip to their rows of the gradient, up to the last column and element.
-RPO_INLINE void write_gradient(const HeadTile& t, const WeightGradient& g, int64_t strip, int64_t piece,
-                               const float (&x)[kStrip][kPanel]) {
-  const int64_t elements = t.width - piece * kPanel;
-  const uint32_t mask = elements >= kPanel ? 0xffffffffu : (1u << elements) - 1;
-  const __mmask16 low = __mmask16(mask), high = __mmask16(mask >> 16);
-  for (int64_t r = 0; r < smaller(kStrip, t.column_count - strip * kStrip); ++r) {
-    const int64_t column = strip * kStrip + r, place = (g.index ? int64_t(g.index[column]) : column) * t.width;
-    __m512 a = _mm512_load_ps(x[r]), b = _mm512_load_ps(x[r] + 16);
-    if (g.rounded) {
-      uint16_t* const out = g.rounded + place + piece * kPanel;
-      _mm512_mask_storeu_epi16(out, mask, pack(a, b));
-      continue;
-    }
-    float* const out = g.exact + place + piece * kPanel;
-    if (g.add) {
-      a = _mm512_add_ps(a, _mm512_maskz_loadu_ps(low, out));
-      b = _mm512_add_ps(b, _mm512_maskz_loadu_ps(high, out + 16));
-    }
-    _mm512_mask_storeu_ps(out, low, a);
-    _mm512_mask_storeu_ps(out + 16, high, b);
-  }
-}
-
-void weight_gradient(const Workers& workers, const HeadTile& t, const WeightGradient& g) {
-  const Shape shape(t);
-  share_out(workers, over(shape.strips, kMaxBlockStrips) * shape.pieces, [&](int64_t item) {
-    const int64_t first = item / shape.pieces * kMaxBlockStrips, piece = item % shape.pieces;
-    alignas(64) float x[kMaxBlockStrips][kStrip][kPanel];
-    for (int64_t panel = 0; panel < shape.panels; panel += kDepth) {
-      const uint32_t* const lanes = g.elements + (piece * shape.panels + panel) * kPiece * kPanel;
-      for (int64_t strip = first; strip < smaller(first + kMaxBlockStrips, shape.strips); ++strip) {
-        Sums sums;
-        if (panel) load(sums, x[strip - first][0]);
-        else clear(sums);
-        add_pieces(sums, unit_of(t, shape, strip, panel), lanes, smaller(kDepth, shape.panels - panel));
-        store(sums, x[strip - first][0]);
-      }
-    }
-    for (int64_t strip = first; strip < smaller(first + kMaxBlockStrips, shape.strips); ++strip) {
-      add_labels(t, g, strip, piece, x[strip - first]);
-      write_gradient(t, g, strip, piece, x[strip - first]);
-    }
-  });
-}
-
-void bias_gradient(const Workers& workers, const HeadTile& t, const float* factor, const int32_t* index, float* out) {
-  const Shape shape(t);
-  share_out(workers, shape.strips, [&](int64_t strip) {
-    for (int64_t r = 0; r < smaller(kStrip, t.column_count - strip * kStrip); ++r) {
-      double sum = 0;
-      for (int64_t panel = 0; panel < shape.panels; ++panel) {
-        const __m512i x = _mm512_load_si512(unit_of(t, shape, strip, panel) + r * kPiece);
-        const __m512 even = even_floats(x), odd = odd_floats(x);
-        for (int64_t lane = 0; lane < 16; ++lane) {
-          const float* const f = factor + panel * kPanel + 2 * lane;
-          sum += double(even[lane]) * double(f[0]) + double(odd[lane]) * double(f[1]);
-        }
-      }
-      const int64_t column = strip * kStrip + r;
-      out[index ? int64_t(index[column]) : column] += float(sum);
-    }
-  });
+  if (rows.tilt) backward_of<true>(workers, t, rows);
+  else backward_of<false>(workers, t, rows);
 }
 
 }  // namespace

@@ -41,6 +41,15 @@ struct HeadTile {
   int32_t stream;          // whether `unit` is written past the caches: nothing reads it before backward
 };
 
+// What outputs beside the log-probability take, over all columns but the label's; each [rows], all null without.
+struct OutputRows {
+  double* weighted;  // sum of P (z - reference), in bits
+  double* total;     // sum of z, in bits
+  double* squares;   // sum of P^2
+  float *top_before, *top_after;  // largest logits, not transformed, before and after the label's column
+  float* at_label;                // the label's logit, not transformed, as this product rounds it
+};
+
 // Running softmax of the rows over all columns but the label's, relative to 2^reference. The reference is an integer,
 // so that moving it rounds nothing, and moves when a logit lies ten bits above it.
 struct RunningRows {
@@ -50,11 +59,13 @@ struct RunningRows {
   uint8_t* marks;      // [columns], or null: set to 1 where a probability may exceed `threshold`
   double* dropped;     // [rows], with marks (needs `unit`): sum over the columns without a mark
   float threshold;
+  OutputRows outputs;
 };
 
-// unit = factor * exp2(z - reference) for each row, 0 at its label.
+// unit = (factor + tilt (z - reference + offset)) P for each row, 0 at its label; the tilt is the entropy's share.
 struct FinishedRows {
   const float *reference, *factor;
+  const float *tilt, *offset;  // or null
 };
 
 // unit^T elements, and gain * hidden at the rows' labels; row i of it goes to row index[i] (null: i) of a matrix of the

@@ -2,17 +2,11 @@
 #pragma once
 
 #include "bfloat16.h"
-#include "head.h"
+#include "blocks.h"
 
 namespace {
 
-using rpo::kPanel;
-using rpo::kPiece;
-using rpo::kStrip;
 using rpo::Matrix;
-
-RPO_INLINE int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
-RPO_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Up to 16 pairs of a row, padded with zeros.
 RPO_INLINE __m512i row_piece(const uint16_t* row, int64_t elements) {

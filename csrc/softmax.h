@@ -12,6 +12,7 @@ constexpr float kMargin = 10.0f;  // bits that a logit may lie above its row's r
 struct Strip {
   alignas(64) float x[kStrip][kPanel];      // logits, then what is made of them
   alignas(64) int32_t live[kStrip][kPanel];  // with `masked`: 0 for labels and beyond the last column, else -1
+  alignas(64) float at_label[kPanel];        // with `masked`, of rows whose label is here: its logit
   bool masked;
   int64_t columns;
 };
@@ -30,7 +31,8 @@ RPO_INLINE bool any_exceeds(Floats x, Floats y) {
           _mm512_cmp_ps_mask((__m512)x.b, (__m512)y.b, _CMP_NLE_UQ)) != 0;
 }
 
-// ---- transforms: z in bits above the reference, and dz/dx over its value at x = 0
+// ---- transforms: z in bits above the reference (`absolute_bits`: above 0, given the former), and dz/dx over its value
+// at x = 0
 
 struct Scaled {
   Floats slope;
@@ -41,6 +43,7 @@ struct Scaled {
     steepness = 1.0f;
     return bits(x, reference);
   }
+  RPO_INLINE Floats absolute_bits(Floats x, Floats, Floats) const { return x * slope; }
 };
 
 // tanh w for |w| < 0.55 by a polynomial, else as +-(1 - q), q = 1 - tanh|w| (as in rows.cpp, with a reference a lane).
@@ -63,6 +66,7 @@ struct SoftCapped {
     Floats steepness;
     return bits(x, reference, steepness);
   }
+  RPO_INLINE Floats absolute_bits(Floats, Floats bits, Floats reference) const { return bits + reference; }
 };
 
 // ---- the strip
@@ -84,6 +88,7 @@ RPO_INLINE void fill(Strip& strip, const Sums& sums, const float* bias, int64_t 
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const bool is_live = r < columns && int64_t(labels[lane]) - first_column != r;
       strip.live[r][lane] = is_live ? -1 : 0;
+      if (!is_live && r < columns) strip.at_label[lane] = strip.x[r][lane];
       if (!is_live) strip.x[r][lane] = -__builtin_inff();
     }
 }

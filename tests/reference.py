@@ -3,12 +3,17 @@
 import torch
 
 
-def token_logprobs(logits, labels, temperature=1.0, softcap=None, logit_scale=1.0, ignore_index=-100, shift=False):
-    """Differentiable float64 log-probabilities by log_softmax."""
+def transform(logits, temperature=1.0, softcap=None, logit_scale=1.0):
+    """Logits as the softmax takes them, float64."""
     z = logits.double() * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    all_logps = (z / temperature).log_softmax(-1)
+    return z / temperature
+
+
+def token_logprobs(logits, labels, temperature=1.0, softcap=None, logit_scale=1.0, ignore_index=-100, shift=False):
+    """Differentiable float64 log-probabilities by log_softmax."""
+    all_logps = transform(logits, temperature, softcap, logit_scale).log_softmax(-1)
     scored = labels != ignore_index
     # Part of the graph even if no position is scored.
     result = torch.zeros(labels.shape, dtype=torch.float64, device=logits.device) + all_logps.flatten()[:0].sum()

@@ -10,7 +10,7 @@ import torch
 
 import reference
 from rpo_kernels import linear_token_logprobs, memory_plan
-from rpo_kernels.head import cpu_plan
+from rpo_kernels.head.cpu import plan as cpu_plan
 from rpo_kernels.kernels import native, native_head
 from rpo_kernels.kernels.interface import TokenOptions
 

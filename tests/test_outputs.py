@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import reference
 from rpo_kernels import TokenOutputs, linear_token_logprobs, token_logprobs
 from rpo_kernels.head import gemm, plan
 
@@ -30,10 +31,7 @@ def make(shape=(2, 5), vocab=301, dtype=torch.float32, device="cpu", seed=0):
 
 def expected(logits, labels, temperature=1.0, softcap=None, logit_scale=1.0, shift=False):
     """All outputs in float64, the first two differentiable."""
-    z = logits.double() * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
+    z = reference.transform(logits, temperature, softcap, logit_scale)
     first = int(shift)
     z = z[:, : labels.shape[1] - first]
     target = labels[:, first:]

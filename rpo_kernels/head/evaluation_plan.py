@@ -45,7 +45,7 @@ class EvaluationWork:
     hidden: int
     vocab: int
     item: int  # bytes of an element of hidden states and weight
-    needs_hidden = needs_weight = filtered = may_keep = False
+    needs_hidden = needs_weight = deferred = False
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

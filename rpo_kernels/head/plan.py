@@ -15,7 +15,7 @@ from ..kernels import native_head
 from ..kernels.interface import row_length
 from . import evaluation_plan
 from .budget import parse_budget
-from .cpu_plan import CpuWork
+from .cpu.plan import CpuWork
 from .evaluation_plan import EvaluationWork
 
 EDGE = 256  # tiles of the vocabulary begin at multiples of this
@@ -111,12 +111,12 @@ def memory_plan(
     budget = parse_budget(memory_budget, device)
     sizes = rows, rows if positions is None else positions, hidden, vocab
     # A filter and the entropy's gradient leave all to backward.
-    of_entropy = entropy_grad and "entropy" in outputs
-    defers = gradient_filter is not None or (of_entropy and (needs_hidden or needs_weight))
-    needs = needs_hidden, needs_weight, defers
+    of_entropy = entropy_grad and "entropy" in outputs and (needs_hidden or needs_weight)
+    filtered = gradient_filter is not None
+    needs = needs_hidden, needs_weight
     work: CpuWork | EvaluationWork | _Work
-    if not outputs and native_head.serves(device.type, dtype, backend):
-        work = CpuWork(*sizes, *needs)
+    if native_head.serves(device.type, dtype, backend):
+        work = CpuWork(*sizes, *needs, filtered=filtered, entropy=of_entropy, outputs=len(outputs))
     elif not (outputs or needs_hidden or needs_weight) and evaluation_plan.serves(
         device, dtype, backend, width=hidden, capped=softcap is not None, aligned=weight_aligned
     ):
@@ -125,6 +125,7 @@ def memory_plan(
         work = _Work(
             *sizes,
             *needs,
+            filtered or of_entropy,
             item=dtype.itemsize,
             operand=operand_dtype(dtype, device).itemsize,
             exact=max(4, dtype.itemsize),
@@ -139,7 +140,7 @@ def memory_plan(
 def _plan(work: "CpuWork | EvaluationWork | _Work", budget: int) -> MemoryPlan:
     chunk, tile, kept = _choose(work, budget)
     recomputed = (1 - min(1.0, kept * tile / work.vocab)) * work.needs_weight
-    if work.filtered:
+    if work.deferred:
         recomputed = float(work.needs_hidden or work.needs_weight)
     return MemoryPlan(
         chunk_rows=chunk,
@@ -184,7 +185,7 @@ def _choose(work: "CpuWork | EvaluationWork | _Work", budget: int) -> tuple[int,
 
 def _kept_tiles(work: "CpuWork | EvaluationWork | _Work", chunk: int, tile: int, budget: int) -> int:
     """As many as the budget holds."""
-    if not (work.needs_weight and work.may_keep):
+    if work.deferred or not work.needs_weight:
         return 0
     tiles = math.ceil(work.vocab / tile)
     if work.peak_bytes(chunk, tile, tiles) <= budget:  # with nothing to compute again, less than with a tile fewer
@@ -211,7 +212,7 @@ class _Work:
     vocab: int
     needs_hidden: bool
     needs_weight: bool
-    filtered: bool
+    filtered: bool  # or all left to backward for the entropy's gradient
     item: int  # bytes of an element of hidden states, weight and what is kept
     operand: int  # bytes of an element as GEMMs read it
     exact: int  # bytes of an element of logits, statistics and accumulated gradients
@@ -220,9 +221,9 @@ class _Work:
     device_shapes: tuple[tuple[int, int], tuple[int, int]]  # rows a chunk and columns a tile: at first, and at least
 
     @property
-    def may_keep(self) -> bool:
-        """Whether anything but the hidden states' gradient may wait for backward."""
-        return not self.filtered
+    def deferred(self) -> bool:
+        """Whether all gradients are left to backward."""
+        return self.filtered
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

@@ -6,8 +6,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..kernels import native_head
-from . import cpu, evaluation
+from . import evaluation
 from .backward import backward
+from .cpu import backward as cpu_backward
+from .cpu import forward as cpu_forward
 from .forward import forward
 from .schedule import Forward, Needs
 from .tiles import Head
@@ -27,9 +29,8 @@ class Walk(NamedTuple):
 
 def walk_for(head: Head, needs: Needs) -> Walk:
     """The walk that serves this head."""
-    # The fused CPU walk has no outputs beside the log-probabilities yet.
-    if not needs.outputs and native_head.serves(head.weight.device.type, head.weight.dtype, head.backend):
-        return Walk(cpu.forward, cpu.backward)
+    if native_head.serves(head.weight.device.type, head.weight.dtype, head.backend):
+        return Walk(cpu_forward.forward, cpu_backward.backward)
     if evaluation.serves(head, needs):
         return Walk(evaluation.forward, backward)
     return Walk(forward, backward)

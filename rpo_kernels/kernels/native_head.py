@@ -111,6 +111,24 @@ class Tile(NamedTuple):
     stream: bool = False  # `unit` past the caches: nothing reads it before backward
 
 
+class OutputRows(NamedTuple):
+    """What outputs beside the log-probability take of all columns but the label's; fields as in csrc/head.h."""
+
+    weighted: Tensor
+    total: Tensor
+    squares: Tensor
+    top_before: Tensor
+    top_after: Tensor
+    at_label: Tensor
+
+    @classmethod
+    def empty(cls, rows: int) -> "OutputRows":
+        """Of no columns yet."""
+        sums = torch.zeros(3, rows, dtype=torch.float64, device="cpu")
+        tops = torch.full((3, rows), -torch.inf, dtype=torch.float32, device="cpu")
+        return cls(*sums, *tops)
+
+
 class Running(NamedTuple):
     """Running softmax over all columns but the label's; fields as in csrc/head.h, padded to panels."""
 
@@ -120,6 +138,7 @@ class Running(NamedTuple):
     marks: Tensor | None = None
     dropped: Tensor | None = None
     threshold: float = 0.0
+    outputs: OutputRows | None = None
 
 
 def pack_hidden(hidden: Tensor, lanes: Tensor | None, elements: Tensor | None, factor: Tensor | None = None) -> None:
@@ -137,13 +156,23 @@ def pack_weight(weight: Tensor, index: Tensor | None, rows: Tensor | None, pairs
 
 def forward(tile: Tile, running: Running) -> None:
     """Continue the softmax with a tile."""
-    struct = _Running(*map(_pointer, running[:5]), running.threshold)
+    outputs = (None,) * 6 if running.outputs is None else map(_pointer, running.outputs)
+    struct = _Running(*map(_pointer, running[:5]), running.threshold, *outputs)
     _call("forward", byref(_tile(tile)), byref(struct))
 
 
-def backward(tile: Tile, reference: Tensor, factor: Tensor) -> None:
-    """Write `factor * P` of a tile and add its product with the weight to the gradient."""
-    struct = _Finished(reference.data_ptr(), factor.data_ptr())
+class Finished(NamedTuple):
+    """How P of finished rows becomes the loss's gradient: `(factor + tilt (z - reference + offset)) P`, z in bits."""
+
+    reference: Tensor
+    factor: Tensor
+    tilt: Tensor | None = None  # None: no gradient of the entropy
+    offset: Tensor | None = None
+
+
+def backward(tile: Tile, rows: Finished) -> None:
+    """Write the gradient of a tile's logits and add its product with the weight to the hidden states' gradient."""
+    struct = _Finished(*map(_pointer, rows))
     _call("backward", byref(_tile(tile)), byref(struct))
 
 
@@ -200,11 +229,15 @@ class _Tile(Structure):
 
 
 class _Running(Structure):
-    _fields_ = [*((name, c_void_p) for name in Running._fields[:5]), ("threshold", c_float)]
+    _fields_ = [
+        *((name, c_void_p) for name in Running._fields[:5]),
+        ("threshold", c_float),
+        *((name, c_void_p) for name in OutputRows._fields),
+    ]
 
 
 class _Finished(Structure):
-    _fields_ = [("reference", c_void_p), ("factor", c_void_p)]
+    _fields_ = [(name, c_void_p) for name in Finished._fields]
 
 
 class _WeightGradient(Structure):

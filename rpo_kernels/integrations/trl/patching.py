@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from ...head import linear_token_logprobs
-from ...kernels import native_head
 from ...logprobs import token_logprobs
-from .logged import Rows, differentiable_entropy, logged_outputs
+from .entropy import differentiable_entropy
 
 _HEAD = ("hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
 # Read in TRL 0.24, 1.9, 1.13, 1.14, 1.15 and 1.16.
@@ -164,28 +163,18 @@ class Patch:
             softcap=final_logit_softcapping,
             logit_scale=logit_scale,
             ignore_index=NOT_SCORED,
+            memory_budget=self.memory_budget,
+            gradient_filter=self.gradient_filter,
         )
         names = tuple(HEAD_OUTPUTS[name] for name in wanted)
-        # Where the fused CPU walk serves, it gives log-probabilities alone; elsewhere one pass gives all.
-        apart = native_head.serves(hidden.device.type, dtype, None)
         with self._gathered_in_backward(weight, bias):
             result: Any = linear_token_logprobs(
-                operands[0],
-                operands[1],
-                targets,
-                bias=operands[2],
-                outputs=() if apart else names,
-                entropy_grad=False,
-                memory_budget=self.memory_budget,
-                gradient_filter=self.gradient_filter,
-                **options,
+                operands[0], operands[1], targets, bias=operands[2], outputs=names, entropy_grad=False, **options
             )
-            logps = result.logps if names and not apart else result
-            rows = Rows(targets, options)
-            logged = logged_outputs(*operands, rows, names) if names and apart else result
-            values = {name: getattr(logged, HEAD_OUTPUTS[name]) for name in wanted}
+            logps = result.logps if names else result
+            values = {name: getattr(result, HEAD_OUTPUTS[name]) for name in wanted}
             if "entropy" in values:
-                values["entropy"] = differentiable_entropy(values["entropy"], *operands, rows)
+                values["entropy"] = differentiable_entropy(values["entropy"], *operands, targets, options)
         if outputs is None:
             return logps, values["entropy"]
         if "is_top1" in values:

@@ -1,14 +1,15 @@
-"""Bytes of the walk on CPUs with bfloat16 units (`head.cpu`), and how it is cut; pure arithmetic."""
+"""Bytes of this walk, and how it is cut; pure arithmetic."""
 
 import math
 from dataclasses import dataclass
 
-from ..kernels.native_head import PANEL, Buffers, panels
+from ...kernels.native_head import PANEL, Buffers, panels
 
 LABEL_ROWS = 128  # rows whose label's part is taken at once
 # Rows a chunk and columns a tile: packed operands are read from caches.
 _SHAPES = ((1024, 2016), (1024, 1008), (1024, 504), (512, 504), (512, 252), (256, 252), (128, 252))
-_A_ROW_FORWARD, _A_ROW_BACKWARD = 88, 48  # bytes of the numbers that a row has beside its hidden state
+# Bytes of the numbers that a row has beside its hidden state.
+_A_ROW_FORWARD, _A_ROW_OUTPUTS, _A_ROW_BACKWARD = 88, 120, 72
 _SMALL = 4096  # tensors of a few numbers
 
 
@@ -23,11 +24,13 @@ class CpuWork:
     needs_hidden: bool
     needs_weight: bool
     filtered: bool
+    entropy: bool  # whether it has a gradient
+    outputs: int
 
     @property
-    def may_keep(self) -> bool:
-        """Whether anything but the hidden states' gradient may wait for backward."""
-        return not self.filtered
+    def deferred(self) -> bool:
+        """Whether all gradients are left to backward."""
+        return self.filtered or self.entropy
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -44,24 +47,25 @@ class CpuWork:
 
     def forward_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """Peak of the forward pass."""
-        shapes, differentiates = Buffers(chunk, tile, self.hidden), self.needs_hidden and not self.filtered
+        shapes, differentiates = Buffers(chunk, tile, self.hidden), self.needs_hidden and not self.deferred
         of_tile = self._tile_bytes(shapes, pairs=differentiates, unit=self.filtered)
         hidden, label_rows = chunk * self.hidden * 2, min(chunk, LABEL_ROWS) * self.hidden
         lanes, gradient = 4 * math.prod(shapes.lanes), 4 * math.prod(shapes.gradient) * differentiates
         packing = hidden + max(label_rows * 14, lanes + gradient)
         ending = lanes + gradient + max(gradient, label_rows * 6 * differentiates)
-        chunk_bytes = chunk * _A_ROW_FORWARD + max(packing, ending)
-        return self.kept_bytes(chunk, tile, kept) + self.rows * 8 + of_tile + chunk_bytes
+        chunk_bytes = chunk * (_A_ROW_FORWARD + _A_ROW_OUTPUTS * (self.outputs > 0)) + max(packing, ending)
+        results = self.rows * (8 + 4 * self.outputs)
+        return self.kept_bytes(chunk, tile, kept) + results + of_tile + chunk_bytes
 
     def backward_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """Peak of the backward pass."""
         saved = self.kept_bytes(chunk, tile, kept) + self.rows * 24
         ending = chunk * self.hidden * 6 * self.needs_hidden
-        if not (self.needs_weight or self.filtered):
+        if not (self.needs_weight or self.deferred):
             return saved + ending
         recomputes, chunks = kept * tile < self.vocab, math.ceil(self.rows / chunk)
         shapes = Buffers(self._padded_rows(chunk), tile, self.hidden)  # of all chunks
-        differentiates = self.needs_hidden and self.filtered
+        differentiates = self.needs_hidden and self.deferred
         of_rows = self.rows * (self.hidden * 2 + _A_ROW_BACKWARD)
         of_rows += 4 * math.prod(shapes.lanes) * recomputes
         of_rows += 4 * math.prod(shapes.elements) * self.needs_weight
@@ -75,8 +79,8 @@ class CpuWork:
     def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """What waits between the passes."""
         chunks = math.ceil(self.rows / chunk)
-        size = _SMALL + self.rows * 24 + self.positions * 8
-        size += self.rows * self.hidden * 4 * (self.needs_hidden and not self.filtered)
+        size = _SMALL + self.rows * (24 + 8 * self.entropy) + self.positions * 8
+        size += self.rows * self.hidden * 4 * (self.needs_hidden and not self.deferred)
         size += chunks * self.vocab * self.filtered
         columns = min(math.ceil(self.vocab / 14) * 14, kept * tile)
         return size + kept * self.rows * 4 + 2 * self._padded_rows(chunk) * columns

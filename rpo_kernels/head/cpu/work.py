@@ -1,0 +1,93 @@
+"""What forward and backward of this walk share: how rows and columns are cut, and memory for packed operands."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels import native_head
+from ...kernels.native_head import Buffers, Tile
+from ..schedule import spans
+from ..tiles import Head
+
+
+class Cuts(NamedTuple):
+    """How rows and columns are cut, and of how many tiles P is kept."""
+
+    rows: int
+    vocab: int
+    width: int
+    chunk_rows: int
+    tile_columns: int
+    kept_tiles: int
+
+    @property
+    def chunks(self) -> list[slice]:
+        return spans(self.rows, self.chunk_rows)
+
+    @property
+    def tiles(self) -> list[slice]:
+        return spans(self.vocab, self.tile_columns)
+
+    @property
+    def buffers(self) -> Buffers:
+        """Shapes for the largest chunk and tile."""
+        return Buffers(min(self.rows, self.chunk_rows), min(self.vocab, self.tile_columns), self.width)
+
+    def kept(self, memory: Tensor, tile: int, chunk: int) -> Tensor:
+        """P of a chunk and tile in what is kept; tile after tile, each with all its chunks."""
+        sizes = [math.prod(Buffers(s.stop - s.start, 1, self.width).unit) for s in self.chunks]
+        strips = [Buffers(1, s.stop - s.start, 1).unit[0] for s in self.tiles[: tile + 1]]
+        start = sum(strips[:-1]) * sum(sizes) + strips[-1] * sum(sizes[:chunk])
+        return memory.view(torch.int32)[start : start + strips[-1] * sizes[chunk]]
+
+    def kept_size(self) -> int:
+        """Elements of what is kept, in bfloat16."""
+        strips = sum(Buffers(1, s.stop - s.start, 1).unit[0] for s in self.tiles[: self.kept_tiles])
+        return 2 * strips * sum(math.prod(Buffers(s.stop - s.start, 1, self.width).unit) for s in self.chunks)
+
+
+class Work:
+    """Memory for the packed operands of one tile."""
+
+    def __init__(self, head: Head, cuts: Cuts, *, weight: bool = True, pairs: bool, unit: bool):
+        self.head, self.cuts = head, cuts
+        shapes = cuts.buffers
+        self.weight_rows = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
+        self.weight = self.packed(shapes.weight if weight else (0,))
+        self.pairs = self.packed(shapes.pairs) if pairs else None
+        self.unit = self.packed(shapes.unit) if unit else None
+        self.bias = None if head.bias is None else head.bias.float()
+
+    def packed(self, shape: tuple[int, ...]) -> Tensor:
+        """Uninitialised packed operands."""
+        return self.head.hidden.new_empty(shape, dtype=torch.int32)
+
+    def tile(self, columns: slice, index: Tensor | None, lanes: Tensor, labels: Tensor, rows: int) -> Tile:
+        """Load columns of the weight, or those that an index counts from the first of them."""
+        weight = self.weight_rows[columns]
+        native_head.pack_weight(weight, index, self.weight, self.pairs)
+        bias = None if self.bias is None else self.bias[columns]
+        if bias is not None and index is not None:
+            bias = bias[index]
+        count = len(weight) if index is None else len(index)
+        return Tile(lanes, self.weight, labels, rows, count, self.cuts.width, self.head.options, bias, self.pairs)
+
+
+def gather(head: Head, positions: Tensor) -> Tensor:
+    """Hidden states that predict the labels at these positions, `[n, H]`."""
+    return head.hidden.index_select(0, positions - int(head.options.shift))
+
+
+def padded(x: Tensor, fill: float) -> Tensor:
+    """Continued to whole panels."""
+    result = x.new_full((native_head.panels(len(x)) * native_head.PANEL,), fill)
+    result[: len(x)] = x
+    return result
+
+
+def unpacked(gradient: Tensor, rows: int, width: int) -> Tensor:
+    """`[n, H]` from the packed gradient of the hidden states."""
+    panels, parts, strip, panel = gradient.shape
+    return gradient.permute(0, 3, 1, 2).reshape(panels * panel, parts * strip)[:rows, :width]
