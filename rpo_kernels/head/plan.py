@@ -248,8 +248,6 @@ class _Work:
         """Peak of the forward pass: while tiles are walked, or at a chunk's begin or end."""
         differentiates = (self.needs_hidden or kept > 0) and not self.filtered
         walking = 24 * chunk * self.exact + self._reference_bytes(chunk, tile)
-        if differentiates and (kept * tile < self.vocab or self.converts):
-            walking += self._unit_bytes(chunk, tile)
         if self.filtered:
             walking += (self.exact + 1) * self._columns(tile)
         # Rows of the weight at the labels; the gathering of hidden states.
@@ -258,7 +256,10 @@ class _Work:
         gathering = chunk * self.hidden * self.item * self.converts
         of_chunk = chunk * self.hidden * self.operand + max(gathering, walking, labels_rows + 12 * chunk * self.exact)
         labels = self.rows * (8 + self.exact) + self.positions
-        return self.kept_bytes(chunk, tile, kept) + labels + self._scratch_bytes(chunk, tile) + of_chunk
+        scratch = self._scratch_bytes(chunk, tile)
+        if differentiates and (kept * tile < self.vocab or self.converts):
+            scratch += self._unit_bytes(chunk, tile)
+        return self.kept_bytes(chunk, tile, kept) + labels + scratch + of_chunk
 
     def backward_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """Peak of the backward pass: in the weight's gradient, or in the hidden states'."""
