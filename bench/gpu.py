@@ -42,7 +42,7 @@ def _bench(name: str, arguments: str, seconds: int = 150) -> Step:
 
 
 _KERNEL_TESTS = ("rows", "logprobs", "triton_rows", "triton_sequences", "head", "head_filter", "head_exactness")
-_PARTS = str(Path(__file__).parent / "gpu_parts.py")
+_PARTS, _HOST_COSTS = (str(Path(__file__).parent / name) for name in ("gpu_parts.py", "host_costs.py"))
 
 
 def _tests(name: str, seconds: int, arguments: list[str]) -> Step:
@@ -64,6 +64,7 @@ STEPS = [
         for model in ("llama-3.1-8b", "gemma-3-270m", "qwen2.5-0.5b")
     ],
     Step("evaluate", 30, [_PARTS, "evaluate"]),
+    Step("host costs", 30, [_HOST_COSTS]),
     Step("tune", 90, [_PARTS, "tune"]),
     _bench("shapes", "--model llama-3.1-8b --case head-frozen head-eval --seconds 3", 60),
     Step("memory", 60, [*_CLI, "memory", "--model", "llama-3.1-8b", "--responses", "4", "--length", "2048"]),
@@ -114,7 +115,7 @@ def run(step: Step, seconds: float, folder: Path) -> int:
     out = []
     if "rpo_kernels.cli" in step.arguments:
         out = ["--out", "bench/results"]
-    elif _PARTS in step.arguments:
+    elif {_PARTS, _HOST_COSTS} & {*step.arguments}:
         out = ["--out", str(folder)]
     deadline = time.monotonic() + seconds
     folder.mkdir(parents=True, exist_ok=True)
