@@ -9,7 +9,7 @@ LABEL_ROWS = 128  # rows whose label's part is taken at once
 # Rows a chunk and columns a tile: packed operands are read from caches.
 _SHAPES = ((1024, 2016), (1024, 1008), (1024, 504), (512, 504), (512, 252), (256, 252), (128, 252))
 # Bytes of the numbers that a row has beside its hidden state.
-_A_ROW_FORWARD, _A_ROW_OUTPUTS, _A_ROW_BACKWARD = 88, 120, 72
+_A_ROW_FORWARD, _A_ROW_OUTPUTS, _A_ROW_BACKWARD = 88, 120, 80
 _SMALL = 4096  # tensors of a few numbers
 
 
