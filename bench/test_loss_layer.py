@@ -1,6 +1,6 @@
 """Every implementation of every case: `pytest bench/ --benchmark-only`.
 
-One that cannot run here is skipped with the reason; one that is wrong by the float64 definition fails. `rpo-kernels
+One that cannot run here is skipped with the reason; one that disagrees with the float64 reference fails. `rpo-kernels
 bench` measures the same ones at real sizes, with memory.
 """
 

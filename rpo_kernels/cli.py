@@ -21,7 +21,7 @@ COMMANDS = {
     ),
     "bench": Command("rpo_kernels.benchmark.bench", "bench", "time, memory and error beside other libraries", True),
     "memory": Command("rpo_kernels.benchmark.memory", "bench", "memory of the loss layer, and what fits a card"),
-    "info": Command("rpo_kernels.info", None, "show the version and which backends are live"),
+    "info": Command("rpo_kernels.info", None, "show the version and which backends are available"),
 }
 
 

@@ -25,8 +25,8 @@ def device() -> str:
 
 
 @pytest.fixture
-def live_backend():
-    """A function from a backend's name to (name, device); skips with the reason where it is not live."""
+def available_backend():
+    """A function from a backend's name to (name, device); skips with the reason where it is not available."""
 
     def find(name: str) -> tuple[str, str]:
         on = DEVICE if name == "triton" else "cpu"
@@ -39,12 +39,12 @@ def live_backend():
 
 
 @pytest.fixture(params=dispatch.BACKENDS)
-def backend(request, live_backend) -> str:
-    """Each backend that is live here; the others are skipped with the reason.
+def backend(request, available_backend) -> str:
+    """Each backend that is available here; the others are skipped with the reason.
 
     Triton's interpreter takes seconds a test: a module with INTERPRETED = False has tests of its own for it.
     """
-    name, on = live_backend(request.param)
+    name, on = available_backend(request.param)
     if (name, on) == ("triton", "cpu") and not getattr(request.module, "INTERPRETED", True):
         pytest.skip("triton: interpreted, in a test of its own")
     return name

@@ -157,8 +157,8 @@ def test_as_many_packed_tokens_as_sequences_leave_ref_logps_ambiguous():
 
 
 @pytest.mark.parametrize("backend_name", ["torch", "triton"])
-def test_rewards_keep_their_digits(backend_name, live_backend):
-    backend, device = live_backend(backend_name)
+def test_rewards_keep_their_digits(backend_name, available_backend):
+    backend, device = available_backend(backend_name)
     logits, labels, ref = (x.to(device) for x in (LOGITS, LABELS, REF))
     options = dict(ref_logps=ref, backend=backend, objective=DPO())
 
@@ -180,8 +180,8 @@ def test_rewards_keep_their_digits(backend_name, live_backend):
 
 
 @pytest.mark.parametrize("backend_name", ["torch", "triton"])
-def test_gradients_of_rewards_and_constants(backend_name, live_backend):
-    backend, device = live_backend(backend_name)
+def test_gradients_of_rewards_and_constants(backend_name, available_backend):
+    backend, device = available_backend(backend_name)
     logps = -5 * torch.rand(4, 5, dtype=torch.float64)
     beta, eta, rewards = (torch.tensor(0.3), torch.tensor(0.7), REWARDS.clone())
     inputs = [x.double().to(device).requires_grad_() for x in (beta, eta, rewards)]

@@ -15,7 +15,15 @@ from rpo_kernels.benchmark.implementations.registry import Implementation, LossP
 from rpo_kernels.benchmark.inputs import Inputs, save_states
 from rpo_kernels.benchmark.models import MODELS, find_model, own_shape
 from rpo_kernels.benchmark.peaks import PeakSettings, measure_peaks
-from rpo_kernels.benchmark.predictions import Cards, Prompts, capacity_lines, fits, largest, predict, predict_eager
+from rpo_kernels.benchmark.predictions import (
+    Cards,
+    Prompts,
+    fits,
+    largest,
+    largest_fitting_lines,
+    predict,
+    predict_eager,
+)
 from rpo_kernels.benchmark.problem import BETA, CASES, Problem, sequences_of
 from rpo_kernels.benchmark.references import gemm_dtype, make_references
 from rpo_kernels.benchmark.results import spread
@@ -201,10 +209,10 @@ def test_capacity_with_shared_prompts():
     model = find_model("llama-3.1-8b")
     problem = Problem("head-frozen", "x", 4, 512, model.vocab, model.hidden, responses=4, device="cuda")
     assert [Prompts(1000, shared).tokens(problem) for shared in (False, True)] == [4 * 1512, 1000 + 4 * 512]
-    lines = capacity_lines(problem, model, Cards(24_000_000_000), 4096)
+    lines = largest_fitting_lines(problem, model, Cards(24_000_000_000), 4096)
     found = {way: int(most.replace(",", "")) for training, way, _, most in lines if training == "lora"}
     assert found["eager torch"] < found["rpo_kernels"] < found["shared prompts"]
-    assert not any(line[1] == "shared prompts" for line in capacity_lines(problem, model, Cards(24_000_000_000)))
+    assert not any(line[1] == "shared prompts" for line in largest_fitting_lines(problem, model, Cards(24_000_000_000)))
 
 
 def test_sizes():

@@ -21,8 +21,8 @@ def test_values_and_gradients(backend, backend_device, dtype, bias, options):
 
 @pytest.mark.parametrize("dtype, options", [(torch.float32, OPTIONS[0]), (torch.bfloat16, OPTIONS[3])], ids=str)
 @pytest.mark.parametrize("gradient_filter", [None, 0.0])
-def test_triton_interpreted(live_backend, dtype, options, gradient_filter):
-    backend, device = live_backend("triton")
+def test_triton_interpreted(available_backend, dtype, options, gradient_filter):
+    backend, device = available_backend("triton")
     *leaves, labels = make((2, 10), vocab=600, dtype=dtype, device=device, bias=True, ignore_index=-1)
     for budget in (0, None):
         compare(
@@ -174,18 +174,18 @@ def test_same_input_same_bits(backend, backend_device):
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["float32 products", "half products"])
 @pytest.mark.parametrize("gradient_filter", [None, 0.0, 2**-14])
-def test_the_way_of_accelerators(live_backend, monkeypatch, mixed, gradient_filter):
+def test_the_way_of_accelerators(available_backend, monkeypatch, mixed, gradient_filter):
     """GEMMs that read half precision and, if they can, write float32: on a CPU, with such products made up."""
 
-    def multiply(left, right, out):
+    def matmul(left, right, out):
         product = left.float() @ right.float()
         out.copy_(product if mixed else product.to(left.dtype))
 
-    backend, _ = live_backend("native")
+    backend, _ = available_backend("native")
     for module in (plan, tiles):
         monkeypatch.setattr(module, "operand_dtype", lambda dtype, device: dtype)
     monkeypatch.setattr(gemm, "results_in_float32", lambda device, dtype: mixed or dtype.itemsize >= 4)
-    monkeypatch.setattr(gemm, "matmul", multiply)
+    monkeypatch.setattr(gemm, "matmul", matmul)
     monkeypatch.setattr(gemm, "add_matmul", lambda total, left, right: total.add_(left.float() @ right.float()))
     hidden, weight, bias, labels = make(dtype=torch.bfloat16, bias=True)
     factors = factors_for(labels)

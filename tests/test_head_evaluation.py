@@ -14,9 +14,9 @@ NO_LABEL = -(2**31)
 
 
 @pytest.fixture
-def fused(live_backend, monkeypatch):
+def fused(available_backend, monkeypatch):
     """The device on which the fused product serves, chosen whatever the model says."""
-    backend, device = live_backend("triton")
+    backend, device = available_backend("triton")
     monkeypatch.setattr(evaluation_plan, "pays", lambda *_: backend == "triton")
     return device
 
@@ -52,9 +52,9 @@ def inputs(rows, width, vocab, dtype, device, seed=0):
     "options", [TokenOptions(ignore_index=NO_LABEL), TokenOptions(0.7, 8.0, 1.3, NO_LABEL)], ids=["plain", "softcap"]
 )
 @pytest.mark.parametrize("rows, width, vocab", [(37, 40, 301), (70, 24, 65)])
-def test_statistics_against_float64(live_backend, dtype, options, rows, width, vocab):
+def test_statistics_against_float64(available_backend, dtype, options, rows, width, vocab):
     """Odd rows and vocabularies, widths that are no multiple of a block's, blocks that do not fill a group."""
-    _, device = live_backend("triton")
+    _, device = available_backend("triton")
     hidden, weight, bias, labels = inputs(rows, width, vocab, dtype, device)
     for offset in (bias, None):
         stats = statistics(hidden, weight, offset, labels, options)
@@ -66,8 +66,8 @@ def test_statistics_against_float64(live_backend, dtype, options, rows, width, v
         torch.testing.assert_close(lse, wanted, **TOLERANCE)
 
 
-def test_rows_without_a_finite_logit_and_maxima_far_apart(live_backend):
-    _, device = live_backend("triton")
+def test_rows_without_a_finite_logit_and_maxima_far_apart(available_backend):
+    _, device = available_backend("triton")
     hidden, weight, _, labels = inputs(37, 24, 257, torch.float32, device)
     labels = labels.clamp(0, 256)
     options = TokenOptions(ignore_index=NO_LABEL)
@@ -84,8 +84,8 @@ def test_rows_without_a_finite_logit_and_maxima_far_apart(live_backend):
     assert stats.logp[0].isnan().nonzero().flatten().tolist() == [3]
 
 
-def test_bits_do_not_depend_on_the_number_of_programs(live_backend, monkeypatch):
-    _, device = live_backend("triton")
+def test_bits_do_not_depend_on_the_number_of_programs(available_backend, monkeypatch):
+    _, device = available_backend("triton")
     from rpo_kernels.kernels.triton import product
 
     arguments = (*inputs(70, 24, 301, torch.bfloat16, device), TokenOptions(ignore_index=NO_LABEL))

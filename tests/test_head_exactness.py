@@ -59,9 +59,9 @@ def test_odd_vocabularies_keep_aligned_rows(backend, backend_device, vocab, opti
     compare(*make((2, 16), vocab=vocab, dtype=torch.bfloat16, device=backend_device, bias=True), backend, **options)
 
 
-def test_tile_kernel_against_the_reference(live_backend):
+def test_tile_kernel_against_the_reference(available_backend):
     """Each pass of the fused kernels beside the same pass of the reference, tile by tile, with references that move."""
-    _, device = live_backend("triton")
+    _, device = available_backend("triton")
     from rpo_kernels.kernels import reference, triton
     from rpo_kernels.kernels.interface import ActiveColumns, RowStats
     from rpo_kernels.kernels.triton.softmax import FusedTileSoftmax

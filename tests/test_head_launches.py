@@ -12,9 +12,9 @@ import host_costs
 
 
 @pytest.fixture
-def counts(live_backend):
+def counts(available_backend):
     """A function of the numbers of tiles and chunks: costs of a forward and of its backward."""
-    if live_backend("triton")[1] != "cpu":
+    if available_backend("triton")[1] != "cpu":
         pytest.skip("counted from torch's operators and Triton's calls under the interpreter")
     return host_costs.costs
 

@@ -33,8 +33,8 @@ def errors(problem, backend, **options):
 
 @pytest.mark.parametrize("budget", ["1GB", 0], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("backend", ["native", "torch"])
-def test_a_response_of_a_thousand_tokens(problem, live_backend, backend, budget):
-    live_backend(backend)
+def test_a_response_of_a_thousand_tokens(problem, available_backend, backend, budget):
+    available_backend(backend)
     found = errors(problem, backend, memory_budget=budget)
     of_hidden, of_weight = ROUNDINGS[problem[0].problem.dtype]
     assert found["nats_response"] < 1e-3

@@ -64,8 +64,8 @@ def _launches_on_gpu(step):
 
 
 @pytest.mark.parametrize("rows_fill_the_chip", [True, False])
-def test_launches(live_backend, launches, monkeypatch, rows_fill_the_chip):
-    backend, device = live_backend("triton")
+def test_launches(available_backend, launches, monkeypatch, rows_fill_the_chip):
+    backend, device = available_backend("triton")
     from rpo_kernels.kernels.triton import grad, stats
 
     for module in (stats, grad):

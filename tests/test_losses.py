@@ -249,7 +249,7 @@ def test_token_weights_of_any_type(backend, backend_device, dtype):
 
 
 def test_builtin_objective_as_a_callable_gives_the_same(backend, backend_device):
-    """The fused kernel against the definition: wrapping an RPO in a function takes the unfused way."""
+    """The fused kernel against torch: an RPO wrapped in a function is not fused."""
     logits, labels, rewards, ref = make(4, 3, device=backend_device)
     for name in ("bwd_kl", "fwd_kl", "sq"):
         objective = OBJECTIVES[name]

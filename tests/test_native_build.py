@@ -29,7 +29,7 @@ def test_without_the_library_the_torch_backend_serves(tmp_path):
     result = run(sys.executable, "-c", code, env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
     place, info, logps = result.stdout.splitlines()
     assert place.startswith(str(tmp_path))
-    assert "'live': False" in info and "_native.so is not built" in info
+    assert "'available': False" in info and "_native.so is not built" in info
     assert logps == str([[torch.tensor(0.25).log().item()] * 2])
     assert "ValueError" in result.stderr and "_native.so is not built" in result.stderr
 

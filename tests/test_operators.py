@@ -59,8 +59,8 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("kind", ARGUMENTS)
 @pytest.mark.parametrize("name", ["native", "torch"])
-def test_opcheck_of_every_kind_of_argument(name, kind, live_backend):
-    backend, device = live_backend(name)
+def test_opcheck_of_every_kind_of_argument(name, kind, available_backend):
+    backend, device = available_backend(name)
     hidden, weight, labels, *_ = make(device)
     logits, labels = ARGUMENTS[kind]((hidden @ weight.T).detach(), labels)
     options = dict(OPTIONS, softcap=5.0, temperature=0.7, shift=False, backend=backend)
@@ -75,12 +75,12 @@ def test_opcheck_of_every_kind_of_argument(name, kind, live_backend):
     torch.library.opcheck(OPS.token_logprobs_grad_, inputs, options, test_utils=checks)
 
 
-def test_opcheck_of_the_fused_objective(live_backend):
-    _, device = live_backend("triton")
+def test_opcheck_of_the_fused_objective(available_backend):
+    _, device = available_backend("triton")
     *_, labels, rewards, ref = make(device)
     logps = -torch.rand(labels.shape).to(device).requires_grad_()
     family = dict(distance="bwd_kl", beta=0.1, eta=1.0, gamma=0.0, target_margin=None, length_normalize=True)
-    for weights, offsets, index, layout in [
+    for weights, offsets, index, structure in [
         (None, None, None, [4, 2, 2, 2, 1]),
         (
             torch.rand(labels.shape).to(device),
@@ -90,11 +90,11 @@ def test_opcheck_of_the_fused_objective(live_backend):
         ),
     ]:
         arguments = (logps, labels, rewards, ref, None, weights, offsets, index)
-        options = dict(family, layout=layout, ignore_index=-100, shift=True)
+        options = dict(family, structure=structure, ignore_index=-100, shift=True)
         torch.library.opcheck(OPS.rpo_reduce, arguments, options, atol=1e-5, rtol=1e-5)
         gradients = [torch.rand((), device=device), torch.rand(2, device=device), torch.rand(4, device=device)]
         inputs = (*gradients, OPS.rpo_reduce(*arguments, **options)[-1], labels, weights, offsets, index)
-        torch.library.opcheck(OPS.rpo_reduce_grad, inputs, dict(layout=layout))
+        torch.library.opcheck(OPS.rpo_reduce_grad, inputs, dict(structure=structure))
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -184,9 +184,9 @@ class LargestNewTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["native", "triton"])
-def test_inplace_loss_allocates_under_a_percent_of_the_logits(name, live_backend):
+def test_inplace_loss_allocates_under_a_percent_of_the_logits(name, available_backend):
     """Every tensor that forward and backward allocate is counted; the kernels allocate through torch alone."""
-    backend, device = live_backend(name)
+    backend, device = available_backend(name)
     vocab = 8192
     logits = torch.randn(4, 6, vocab, device=device).requires_grad_()
     source = logits * 1

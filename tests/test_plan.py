@@ -160,9 +160,9 @@ def predicted_and_measured(rows, positions, hidden, vocab, dtype, needs, budget,
     ],
 )
 def test_predicted_peak_against_counted_allocations(
-    live_backend, backend, rows, positions, hidden, vocab, dtype, needs, budget
+    available_backend, backend, rows, positions, hidden, vocab, dtype, needs, budget
 ):
-    live_backend(backend)
+    available_backend(backend)
     chosen, measured = predicted_and_measured(rows, positions, hidden, vocab, dtype, needs, budget, backend)
     assert measured <= chosen.peak_bytes <= 1.1 * measured
 
@@ -184,27 +184,27 @@ def as_numpy(x):
 
 @BUDGETS
 @NEEDS
-def test_predicted_peak_of_an_accelerator(live_backend, monkeypatch, needs, budget):
+def test_predicted_peak_of_an_accelerator(available_backend, monkeypatch, needs, budget):
     """Products that read bfloat16 and write float32, as on a GPU, made up here."""
 
-    def multiply(left, right, out):
+    def matmul(left, right, out):
         out.copy_(torch.from_numpy(as_numpy(left) @ as_numpy(right)))
 
-    def add_product(total, left, right):
+    def add_matmul(total, left, right):
         total.numpy()[...] += as_numpy(left) @ as_numpy(right)
 
     def scale_rows(self, hidden, factor, before, out):
         for rows in (slice(i, i + 1) for i in range(len(hidden))):  # a CPU's copies in float32 are as large as this
             torch.mul(hidden[rows], factor[rows, None], out=out[rows])
 
-    live_backend("native")
+    available_backend("native")
     monkeypatch.setattr(native_head, "serves", lambda *_: False)
     monkeypatch.setattr(TileSoftmax, "scale_rows", scale_rows)
     for module in (plan, tiles):
         monkeypatch.setattr(module, "operand_dtype", lambda dtype, device: dtype)
     monkeypatch.setattr(gemm, "results_in_float32", lambda device, dtype: True)
-    monkeypatch.setattr(gemm, "matmul", multiply)
-    monkeypatch.setattr(gemm, "add_matmul", add_product)
+    monkeypatch.setattr(gemm, "matmul", matmul)
+    monkeypatch.setattr(gemm, "add_matmul", add_matmul)
     chosen, measured = predicted_and_measured(600, 800, 128, 16384, torch.bfloat16, needs, budget, "native")
     assert measured <= chosen.peak_bytes <= 1.1 * measured
 
@@ -217,8 +217,8 @@ def test_a_budget_that_cannot_be_met_does_not_crumble_the_work():
 
 
 @pytest.mark.parametrize("scale", [0.01, 3.0], ids=["all-active", "sparse"])
-def test_prediction_with_a_filter_is_an_upper_bound(live_backend, scale):
-    live_backend("native")
+def test_prediction_with_a_filter_is_an_upper_bound(available_backend, scale):
+    available_backend("native")
     inputs = [torch.randn(300, 64).requires_grad_(), (scale * torch.randn(9000, 64)).requires_grad_()]
     labels = torch.randint(9000, (300,))
     for budget in (0, "8MB", "1GB"):

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(params=["torch", "triton"])
-def reduction(request, live_backend):
+def reduction(request, available_backend):
     """The unfused way to the loss, and the fused kernel; with the device."""
-    return live_backend(request.param)
+    return available_backend(request.param)
 
 
 def make(device, count=6, length=5, seed=0):

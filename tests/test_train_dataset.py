@@ -25,7 +25,7 @@ def test_strings_are_the_prompt_then_the_response_then_its_end():
     example = encode("Hi é", ["a", "bc"])
     assert TOKENIZER.decode(example.prompt) == "Hi é"
     assert [TOKENIZER.decode(r) for r in example.responses] == ["a</s>", "bc</s>"]
-    assert example.dropped_tokens == 0
+    assert example.truncated_tokens == 0
 
 
 def test_empty_prompt_still_lets_the_first_token_be_predicted():
@@ -37,14 +37,14 @@ def test_prompt_is_cut_from_the_left_first():
     # The longest response needs 7 tokens with its end, so 5 are left for the prompt; 6 are kept in any case.
     assert TOKENIZER.decode(example.prompt) == "456789"
     assert [TOKENIZER.decode(r) for r in example.responses] == ["abc</s>", "abcdef"]
-    assert example.dropped_tokens == 4 + 1
+    assert example.truncated_tokens == 4 + 1
 
 
 def test_short_prompt_is_kept_whole_and_long_responses_cut_from_the_right():
     example = encode("01", ["a" * 20, "b"], max_length=10)
     assert TOKENIZER.decode(example.prompt) == "01"
     assert [TOKENIZER.decode(r) for r in example.responses] == ["a" * 8, "b</s>"]
-    assert example.dropped_tokens == 13
+    assert example.truncated_tokens == 13
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 7, 16, 64])
@@ -53,7 +53,7 @@ def test_max_length_holds_and_cut_tokens_are_counted(max_length):
     for a, b in zip(list(whole), list(cut), strict=True):
         assert all(len(b.prompt) >= 1 and len(b.prompt) + len(r) <= max_length for r in b.responses)
         size = [len(e.prompt) + sum(map(len, e.responses)) for e in (a, b)]
-        assert b.dropped_tokens == size[0] - size[1]
+        assert b.truncated_tokens == size[0] - size[1]
     with pytest.raises(ValueError, match="max_length must be at least 2"):
         dataset(1, max_length=1)
 
@@ -86,7 +86,7 @@ def test_a_cut_prompt_keeps_its_bos():
     tok = tokenizer()
     tok.chat_template = "<s>{% for m in messages %}{{ m.content }}{% endfor %}"
     example = encode([{"role": "user", "content": "0123456789"}], [answer("abc"), answer("d")], max_length=8, tok=tok)
-    assert tok.decode(example.prompt) == "<s>6789" and example.dropped_tokens == 6
+    assert tok.decode(example.prompt) == "<s>6789" and example.truncated_tokens == 6
     example = encode([{"role": "user", "content": "0123456789"}], [answer("abc"), answer("d")], max_length=2, tok=tok)
     assert tok.decode(example.prompt) == "9"
 

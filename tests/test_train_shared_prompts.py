@@ -44,7 +44,7 @@ def test_the_same_training_in_every_form(tmp_path, level):
     for name, form in forms.items():
         ours, own_weights = run(tmp_path, form, level, optim="sgd")
         for found, expected in zip(ours, logs, strict=True):
-            for key in ("loss", "grad_norm", "accuracy", "margin", "logp_best", "scored_tokens", "dropped_tokens"):
+            for key in ("loss", "grad_norm", "accuracy", "margin", "logp_best", "scored_tokens", "truncated_tokens"):
                 assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (name, key)
         torch.testing.assert_close(own_weights, weights, rtol=1e-4, atol=1e-6)
 

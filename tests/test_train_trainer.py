@@ -70,7 +70,7 @@ def test_evaluation_equals_direct_computation(tmp_path, objective, sizes):
     assert metrics["eval_logp_best"] == pytest.approx(sum(best) / 5, rel=1e-4)
     assert metrics["eval_logp_worst"] == pytest.approx(sum(worst) / 5, rel=1e-4)
     assert metrics["eval_scored_tokens"] == sum(len(r) for e in data for r in e.responses)
-    assert metrics["eval_dropped_tokens"] == 0
+    assert metrics["eval_truncated_tokens"] == 0
 
 
 def test_one_step_is_the_direct_gradient_and_logs_the_direct_loss(tmp_path):
@@ -89,7 +89,7 @@ def test_one_step_is_the_direct_gradient_and_logs_the_direct_loss(tmp_path):
     (log,) = [entry for entry in run.state.log_history if "loss" in entry]
     assert log["loss"] == pytest.approx(loss, rel=1e-4)
     assert log["scored_tokens"] == sum(len(r) for e in data for r in e.responses)
-    assert log["dropped_tokens"] == sum(e.dropped_tokens for e in data) > 0
+    assert log["truncated_tokens"] == sum(e.truncated_tokens for e in data) > 0
     assert 0 <= log["accuracy"] <= 1 and log["logp_best"] < 0
 
 
@@ -116,7 +116,7 @@ def test_training_improves_accuracy_with_every_logged_metric(tmp_path):
     after = run.evaluate()
     assert after["eval_loss"] < before["eval_loss"] and after["eval_accuracy"] > before["eval_accuracy"]
     logs = [entry for entry in run.state.log_history if "loss" in entry]
-    keys = {"loss", "accuracy", "margin", "logp_best", "logp_worst", "scored_tokens", "dropped_tokens"}
+    keys = {"loss", "accuracy", "margin", "logp_best", "logp_worst", "scored_tokens", "truncated_tokens"}
     assert all(keys <= set(entry) for entry in logs)
     evaluations = [entry for entry in run.state.log_history if "eval_loss" in entry]
     assert len(evaluations) == 6 and all({f"eval_{key}" for key in keys} <= set(entry) for entry in evaluations)

@@ -29,7 +29,7 @@ def tile(monkeypatch):
 
 
 def check(logits, labels, grad_logps, options=PLAIN, logp_error=2e-6, outputs=()):
-    """Statistics and gradient against the definition."""
+    """Statistics and gradient against the reference backend."""
     stats = triton_rows.row_stats(logits, labels, options, outputs=outputs)
     assert_stats_match(stats, logits, labels, options, logp_error, outputs=outputs)
     grad = triton_rows.row_grad(logits, labels, stats, grad_logps, options)

@@ -1,4 +1,4 @@
-"""The fused reduction against a float64 reference written from the formulas, and against the torch definition."""
+"""The fused reduction against a float64 reference written from the formulas, and against the torch implementation."""
 
 import math
 from itertools import pairwise

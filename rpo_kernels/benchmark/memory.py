@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import check_writable, memory_limit
 from .models import MODELS, Model, find_model, own_shape
-from .predictions import EAGER, Cards, Prompts, capacity_lines, predict, predict_eager
+from .predictions import EAGER, Cards, Prompts, largest_fitting_lines, predict, predict_eager
 from .problem import DTYPES, Problem
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _memory(args: argparse.Namespace, model: Model, console: "Console") -> int:
     print_tables(console, data)
     console.print(f"  {_NOTES}", style="dim", highlight=False)
     single = problem._replace(sequences=args.responses)
-    lines = capacity_lines(single, model, Cards(args.card_bytes, args.cards), args.prompt_length)
+    lines = largest_fitting_lines(single, model, Cards(args.card_bytes, args.cards), args.prompt_length)
     cards = args.card if args.cards == 1 else f"{args.cards} cards of {args.card}"
     title = f"What fits {cards}, predicted: one prompt a card, {args.model}, {args.dtype}, gradient checkpointing"
     header = ["training", "loss layer", f"longest at K={args.responses}", f"largest K at {args.length} tokens"]

@@ -132,8 +132,8 @@ def largest(fitting: Callable[[int], bool]) -> int:
     return low
 
 
-def capacity_lines(problem: Problem, model: Model, cards: Cards, prompt_length: int = 0) -> list[list[str]]:
-    """Rows of the capacity table: longest response at this K, largest K at this length, for one prompt."""
+def largest_fitting_lines(problem: Problem, model: Model, cards: Cards, prompt_length: int = 0) -> list[list[str]]:
+    """Rows of the table of the largest sizes that fit, for one prompt: response length at this K, K at this length."""
     separate, shared = Prompts(prompt_length), Prompts(prompt_length, shared=True)
     ways = [(EAGER, False, separate), ("rpo_kernels", True, separate)]
     if prompt_length:

@@ -1,4 +1,4 @@
-"""What a problem gives by its definition in float64, and whether an implementation's results are right."""
+"""The float64 reference results of a problem, and whether an implementation's results agree with them."""
 
 from typing import NamedTuple
 

@@ -1,7 +1,7 @@
 """Sequence and group level of the RPO family in one kernel launch, as a differentiable operator.
 
-On a GPU the definition's thirty small launches (`PreferenceBatch.loss`) cost more than the logits pass of a small
-batch. Values and gradients are the definition's; a user's own objective takes the definition.
+On a GPU the thirty small launches of the torch implementation (`PreferenceBatch.loss`) take longer than the pass over a
+small batch's logits. Values and gradients are the same; a user's own objective always takes the torch implementation.
 """
 
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ def rpo_reduce(
         token_weights,
         segments.cu_seqlens,
         groups.index,
-        layout=[segments.count, groups.count, groups.size, groups.group_stride, groups.response_stride],
+        structure=[segments.count, groups.count, groups.size, groups.group_stride, groups.response_stride],
         distance=objective.distance,
         beta=objective.beta,
         eta=objective.eta,
@@ -54,8 +54,8 @@ def rpo_reduce(
     return tuple(outputs)
 
 
-def _structure(cu_seqlens: Tensor | None, index: Tensor | None, layout: list[int]) -> tuple[Segments, Groups]:
-    num_sequences, count, size, group_stride, response_stride = layout
+def _structure(cu_seqlens: Tensor | None, index: Tensor | None, structure: list[int]) -> tuple[Segments, Groups]:
+    num_sequences, count, size, group_stride, response_stride = structure
     return Segments(num_sequences, cu_seqlens), Groups(count, size, group_stride, response_stride, index)
 
 
@@ -69,14 +69,14 @@ def _forward(
     cu_seqlens: Tensor | None,
     index: Tensor | None,
     *,
-    layout: list[int],
+    structure: list[int],
     ignore_index: int,
     shift: bool,
     **family: Any,
 ) -> tuple[Tensor, ...]:
     from .kernel import sequence_reduce
 
-    _, groups = _structure(cu_seqlens, index, layout)
+    _, groups = _structure(cu_seqlens, index, structure)
     return sequence_reduce(
         token_logps,
         labels,
@@ -92,8 +92,8 @@ def _forward(
     )
 
 
-def _fake_forward(token_logps: Tensor, *_: Any, layout: list[int], **__: Any) -> tuple[Tensor, ...]:
-    num_sequences, num_groups = layout[:2]
+def _fake_forward(token_logps: Tensor, *_: Any, structure: list[int], **__: Any) -> tuple[Tensor, ...]:
+    num_sequences, num_groups = structure[:2]
     shapes = ((), (num_groups,), *[(num_sequences,)] * 3, (), (), (num_sequences,))
     return tuple(token_logps.new_empty(shape) for shape in shapes)
 
@@ -103,14 +103,14 @@ def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any],
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
     ctx.save_for_backward(output[-1], labels, token_weights, cu_seqlens, index)
-    ctx.layout = keyword_only_inputs["layout"]
+    ctx.structure = keyword_only_inputs["structure"]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(grad is None for grad in grads[:3]):
         return (None,) * 8
     grad_loss, grad_groups, grad_logps = grads[:3]
-    return rpo_reduce_grad(grad_loss, grad_groups, grad_logps, *ctx.saved_tensors, layout=ctx.layout), *[None] * 7
+    return rpo_reduce_grad(grad_loss, grad_groups, grad_logps, *ctx.saved_tensors, structure=ctx.structure), *[None] * 7
 
 
 def _grad(
@@ -123,11 +123,11 @@ def _grad(
     cu_seqlens: Tensor | None,
     index: Tensor | None,
     *,
-    layout: list[int],
+    structure: list[int],
 ) -> Tensor:
     """Each sum's gradient, spread over its tokens. Positions that are not scored get it too, and ignore it:
     their log-probability is the constant 0, and the row kernels skip them."""
-    segments, groups = _structure(cu_seqlens, index, layout)
+    segments, groups = _structure(cu_seqlens, index, structure)
     factor = grad_loss
     if grad_groups is not None:
         per_group = groups.spread(grad_groups * groups.count, segments.count)
@@ -141,7 +141,7 @@ def _grad(
     return grad if token_weights is None else grad * token_weights
 
 
-def _fake_grad(*tensors: Tensor | None, layout: list[int]) -> Tensor:
+def _fake_grad(*tensors: Tensor | None, structure: list[int]) -> Tensor:
     coef, labels, token_weights, cu_seqlens, _ = tensors[3:]
     assert coef is not None and labels is not None
     if cu_seqlens is None and token_weights is None:
@@ -151,8 +151,8 @@ def _fake_grad(*tensors: Tensor | None, layout: list[int]) -> Tensor:
 
 rpo_reduce_op = register(
     "rpo_reduce(Tensor token_logps, Tensor labels, Tensor rewards, Tensor? ref_sums, Tensor? ref_logps,"
-    " Tensor? token_weights, Tensor? cu_seqlens, Tensor? index, *, int[] layout, str distance, float beta, float eta,"
-    " float gamma, float? target_margin, bool length_normalize, int ignore_index, bool shift)"
+    " Tensor? token_weights, Tensor? cu_seqlens, Tensor? index, *, int[] structure, str distance, float beta,"
+    " float eta, float gamma, float? target_margin, bool length_normalize, int ignore_index, bool shift)"
     " -> (Tensor loss, Tensor group_losses, Tensor logps, Tensor ref_logps, Tensor implicit_rewards,"
     " Tensor accuracy, Tensor margin, Tensor coef)",
     _forward,
@@ -162,7 +162,7 @@ rpo_reduce_op = register(
 )
 rpo_reduce_grad = register(
     "rpo_reduce_grad(Tensor? grad_loss, Tensor? grad_groups, Tensor? grad_logps, Tensor coef, Tensor labels,"
-    " Tensor? token_weights, Tensor? cu_seqlens, Tensor? index, *, int[] layout) -> Tensor",
+    " Tensor? token_weights, Tensor? cu_seqlens, Tensor? index, *, int[] structure) -> Tensor",
     _grad,
     _fake_grad,
 )

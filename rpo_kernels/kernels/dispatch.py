@@ -19,10 +19,10 @@ _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def choose(logits: Tensor, backend: str | None) -> str:
-    """Name of the backend for these logits: the one asked for, or the fastest that is live.
+    """Name of the backend for these logits: the one asked for, or the fastest that is available.
 
     Raises:
-        ValueError: if `backend` is unknown, is not live here, or does not take these logits.
+        ValueError: if `backend` is unknown, is not available here, or does not take these logits.
     """
     check_backend(backend)
     if backend is None:
@@ -91,11 +91,11 @@ def unavailable_reason(backend: str, device_type: str, dtype: torch.dtype) -> st
 
 
 def backend_info() -> dict[str, dict[str, Any]]:
-    """Which backends are live on this machine.
+    """Which backends are available on this machine.
 
     Returns:
-        For each backend: `live` (bool), `device` (what it runs on), `reason` (why it is not live, else None) and
-        `version` of what is behind it.
+        For each backend: `available` (bool), `device` that it runs on, `reason` why it is not available, and
+        `version` of torch or Triton, or vector level and threads of the native library; None where they do not apply.
     """
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     info: dict[str, dict[str, Any]] = {}
@@ -105,7 +105,7 @@ def backend_info() -> dict[str, dict[str, Any]]:
             version = _versions(name) if reason is None else None
         except ValueError as error:  # RPO_KERNELS_NATIVE_LEVEL names a level that does not run here
             reason = str(error)
-        info[name] = {"live": reason is None, "device": _device_name(device), "reason": reason, "version": version}
+        info[name] = {"available": reason is None, "device": _device_name(device), "reason": reason, "version": version}
     return info
 
 

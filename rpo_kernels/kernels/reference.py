@@ -1,4 +1,4 @@
-"""The token level as mathematics, in plain torch: the definition every backend is tested against.
+"""The reference backend: the row kernels in plain torch, against which every other backend is tested.
 
 Runs on any device and in any floating dtype, float64 included, and serves where no faster backend is at hand.
 """

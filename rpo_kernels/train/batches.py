@@ -26,7 +26,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, tor
 class BatchForm:
     """Collates a device's groups into micro-batches.
 
-    A call gives `micro_batches`, each one of `SharedPromptCollator` or `GroupCollator`, with `dropped_tokens` and
+    A call gives `micro_batches`, each one of `SharedPromptCollator` or `GroupCollator`, with `truncated_tokens` and
     `groups`, the places of its groups in the list that was given, in rising order. Beside them stand the tokens that
     are computed, `computed_tokens`, those of them that are not padding, `real_tokens`, and those that separate padded
     sequences would take, `padded_tokens`.
@@ -149,7 +149,7 @@ class BatchForm:
         # Where every response is one token, packed sums and packed tokens look alike to the loss: it wants padding.
         single = all(len(response) == 1 for e in members for response in e.responses)
         collate: Callable = SharedPromptCollator() if self.shared and not single else GroupCollator(self.pad_token_id)
-        return collate(members) | {"groups": row, "dropped_tokens": [e.dropped_tokens for e in members]}
+        return collate(members) | {"groups": row, "truncated_tokens": [e.truncated_tokens for e in members]}
 
     def _compare(self, other: "BatchForm", model: nn.Module, examples: Sequence[Example], layer: LossLayer) -> None:
         training = model.training

@@ -15,7 +15,7 @@ class GroupCollator:
     """Pads a list of `Example` to one batch of B sequences, the responses to a prompt side by side.
 
     The batch: `input_ids`, `attention_mask`, `labels` (prompt and padding at -100, labels beside input_ids) `[B, T]`;
-    `rewards` `[B]`; `ref_logps` `[B]` if the examples have them; `group_sizes`, `dropped_tokens`: a list of ints, one
+    `rewards` `[B]`; `ref_logps` `[B]` if the examples have them; `group_sizes`, `truncated_tokens`: a list of ints, one
     each group; `logits_to_keep`: how many of the last positions hold all that predicts a label.
     """
 
@@ -35,7 +35,7 @@ class GroupCollator:
             "labels": input_ids.masked_fill(~real | (position < prompts[:, None]), IGNORE_INDEX),
             "rewards": torch.tensor([reward for e in examples for reward in e.rewards]),
             "group_sizes": [len(e.responses) for e in examples],
-            "dropped_tokens": [e.dropped_tokens for e in examples],
+            "truncated_tokens": [e.truncated_tokens for e in examples],
             "logits_to_keep": input_ids.shape[1] - int(prompts.min()) + 1,
         }
         if all(e.ref_logps is not None for e in examples):

@@ -30,7 +30,7 @@ class Example:
     prompt: list[int]
     responses: list[list[int]]
     rewards: list[float]
-    dropped_tokens: int  # cut off to fit max_length, over all responses (a prompt's cut counts once)
+    truncated_tokens: int  # cut off to fit max_length, over all responses (a prompt's cut counts once)
     ref_logps: list[float] | None = None
 
 
@@ -41,7 +41,7 @@ class _Arrays(NamedTuple):
     text_ends: np.ndarray  # int64 [G + R], where each text ends in `tokens`
     group_ends: np.ndarray  # int64 [G], where each group ends among the texts
     rewards: np.ndarray  # float32 [R]
-    dropped_tokens: np.ndarray  # int64 [G]
+    truncated_tokens: np.ndarray  # int64 [G]
     identical: np.ndarray  # int64 [G], responses with the same tokens as an earlier one of the group
 
 
@@ -108,7 +108,7 @@ class PreferenceDataset(Dataset):
             self._text(texts.start),
             [self._text(text) for text in texts[1:]],
             self._arrays.rewards[responses].tolist(),
-            int(self._arrays.dropped_tokens[index]),
+            int(self._arrays.truncated_tokens[index]),
             None if self.ref_logps is None else self.ref_logps[responses].tolist(),
         )
 
@@ -117,7 +117,7 @@ class PreferenceDataset(Dataset):
         arrays = self._arrays
         words = (
             f"{len(self)} groups, {len(arrays.rewards)} responses, {len(arrays.tokens)} tokens and "
-            f"{arrays.dropped_tokens.sum()} cut off by max_length"
+            f"{arrays.truncated_tokens.sum()} cut off by max_length"
         )
         if arrays.identical.any():
             words += (
@@ -200,7 +200,7 @@ def _encode(
     """Tokenise; the token ids go to `tokens`, all else is returned."""
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, got {max_length}")
-    text_ends, group_ends, dropped, identical = array("q"), array("q"), array("q"), array("q")
+    text_ends, group_ends, truncated, identical = array("q"), array("q"), array("q"), array("q")
     rewards, end = array("f"), 0
     bar = tqdm(tokenise(groups, tokenizer), desc="Tokenising", unit=" groups", disable=not progress, leave=False)
     for group, prompt, responses in bar:
@@ -211,9 +211,9 @@ def _encode(
             text_ends.append(end)
         group_ends.append(len(text_ends))
         rewards.extend(group.rewards)
-        dropped.append(cut)
+        truncated.append(cut)
         identical.append(len(responses) - len({tuple(response) for response in responses}))
-    integers = [np.array(values, np.int64) for values in (text_ends, group_ends, dropped, identical)]
+    integers = [np.array(values, np.int64) for values in (text_ends, group_ends, truncated, identical)]
     return _Arrays(np.empty(0, np.int32), integers[0], integers[1], np.array(rewards, np.float32), *integers[2:])
 
 
@@ -224,12 +224,12 @@ def _fit(
     longest = max(map(len, responses))
     kept = min(len(prompt), max(max_length - longest, max_length // 2))
     room = max_length - kept
-    dropped = len(prompt) - kept + sum(max(len(response) - room, 0) for response in responses)
+    truncated = len(prompt) - kept + sum(max(len(response) - room, 0) for response in responses)
     if kept < len(prompt) and kept > 1 and prompt[0] == bos:
         prompt = [bos, *prompt[len(prompt) - kept + 1 :]]
     else:
         prompt = prompt[len(prompt) - kept :]
-    return prompt, [response[:room] for response in responses], dropped
+    return prompt, [response[:room] for response in responses], truncated
 
 
 def default_cache_dir() -> Path:

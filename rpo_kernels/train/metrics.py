@@ -14,7 +14,7 @@ from .. import RPOOutput
 from ..objectives import ranking_metrics
 from .collator import IGNORE_INDEX
 
-METRIC_NAMES = ("loss", "accuracy", "margin", "logp_best", "logp_worst", "drift", "scored_tokens", "dropped_tokens")
+METRIC_NAMES = ("loss", "accuracy", "margin", "logp_best", "logp_worst", "drift", "scored_tokens", "truncated_tokens")
 
 
 class GroupTable(NamedTuple):
@@ -26,7 +26,7 @@ class GroupTable(NamedTuple):
     logps: Tensor  # [G, K]
     scored_tokens: Tensor  # [G, K]
     present: Tensor  # [G, K]
-    dropped_tokens: Tensor  # [G]
+    truncated_tokens: Tensor  # [G]
 
     @classmethod
     def of(cls, output: RPOOutput, batch: dict) -> "GroupTable":
@@ -40,7 +40,7 @@ class GroupTable(NamedTuple):
             scored = batch["cu_seqlens"].diff()
         else:
             scored = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(-1)
-        dropped = torch.tensor(batch["dropped_tokens"], device=scored.device)
+        truncated = torch.tensor(batch["truncated_tokens"], device=scored.device)
         return cls(
             output.group_losses.detach(),
             by_group(output.implicit_rewards),
@@ -48,7 +48,7 @@ class GroupTable(NamedTuple):
             by_group(output.logps),
             by_group(scored),
             by_group(torch.ones_like(scored)),
-            dropped,
+            truncated,
         )
 
     def take(self, groups: slice | Tensor) -> "GroupTable":
@@ -88,7 +88,7 @@ class GroupTable(NamedTuple):
             "logp_worst": self.logps.gather(-1, worst).mean().item(),
             "drift": self.implicit_rewards[present].abs().mean().item(),
             "scored_tokens": int(self.scored_tokens[present].sum()),
-            "dropped_tokens": int(self.dropped_tokens.sum()),
+            "truncated_tokens": int(self.truncated_tokens.sum()),
         }
         return {name: values[name] for name in METRIC_NAMES}
 

@@ -31,7 +31,7 @@ from .metrics import GroupTable, Speed
 class RPOTrainer(Trainer):
     """Trains a causal language model on groups of responses with an objective of this package.
 
-    Logs beside the loss `accuracy`, `margin`, `logp_best`, `logp_worst`, `scored_tokens` and `dropped_tokens` (see
+    Logs beside the loss `accuracy`, `margin`, `logp_best`, `logp_worst`, `scored_tokens` and `truncated_tokens` (see
     `GroupTable.summary`) over the groups since the last log; `evaluate` returns the same, prefixed, over its dataset.
     Training logs `tokens_per_second` and `tokens_saved` too (see `Speed.summary`).
     The loss is the mean over all groups of an optimizer step, however they are split into micro-batches and processes.

@@ -61,7 +61,7 @@ def _(problem: Problem) -> Run:
 def _(problem: Problem) -> Run:
     probe = torch.empty(0, dtype=problem.torch_dtype, device=problem.device)
     if dispatch.choose(probe, None) == "torch":
-        raise Unavailable("is what rpo_kernels chooses here: no faster backend is live")
+        raise Unavailable("is what rpo_kernels chooses here: no faster backend is available")
     return _from_logits(problem, backend="torch")
 
 
