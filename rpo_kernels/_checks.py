@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int64, torch.int32)
@@ -18,11 +19,11 @@ _WORDS = {
 
 
 def checks_values(x: Tensor) -> bool:
-    """Whether to read the values of `x`: always on the CPU, and never while torch.compile traces.
+    """Whether to read the values of `x`: always on the CPU, and never of fake tensors or while torch.compile traces.
 
     Reading them from an accelerator makes the host wait for it, so there only if RPO_KERNELS_CHECK=1 is set.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return False
     return x.device.type == "cpu" or os.environ.get("RPO_KERNELS_CHECK") == "1"
 

@@ -125,7 +125,8 @@ def find_groups(
         num_responses: K; not read where `group_ids` is given.
         layout: `"grouped"` (x1y1 x1y2 x2y1 x2y2) or `"stacked"` (x1y1 x2y1 x1y2 x2y2).
         group_ids: B integers, equal for responses to the same prompt. On an accelerator, a tensor costs a
-            synchronisation; a list or a CPU tensor does not.
+            synchronisation; a list or a CPU tensor does not. A tensor breaks a compiled graph, which is an error under
+            `fullgraph=True`: there it has to be a list.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -164,6 +165,8 @@ def _integers(group_ids: Sequence[int] | Tensor) -> list[int]:
             raise ValueError(
                 f"group_ids must be one-dimensional integers; got {group_ids.dtype} of shape {list(group_ids.shape)}"
             )
+        if torch.compiler.is_compiling():  # an error under fullgraph=True
+            torch._dynamo.graph_break(msg="group_ids must be a list in a graph, whose shapes it decides; got a tensor")
         return group_ids.tolist()
     try:
         return [operator.index(x) for x in group_ids]  # tensors among them by value, not by identity

@@ -120,6 +120,23 @@ def test_compiles_to_one_graph(backend, backend_device, layout, inplace):
     torch.testing.assert_close(grad, expected_grad)
 
 
+def test_group_ids_in_a_tensor_break_the_graph():
+    hidden, weight, labels, rewards, ref = make()
+    ids = torch.tensor([0, 1, 1, 1])
+
+    def step(hidden, ids):
+        return loss_of(hidden, weight, labels, rewards, ref, "torch", group_ids=ids)
+
+    for fullgraph in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(step, fullgraph=fullgraph, backend="eager")
+        if fullgraph:
+            with pytest.raises(RuntimeError, match="group_ids must be a list in a graph"):
+                compiled(hidden, ids)
+        else:
+            torch.testing.assert_close(compiled(hidden, ids), step(hidden, [0, 1, 1, 1]))
+
+
 def test_autocast_keeps_losses_in_float32(backend, backend_device):
     hidden, weight, labels, rewards, ref = make(backend_device)
     with torch.autocast(backend_device, torch.bfloat16):

@@ -260,8 +260,7 @@ def _fake_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, outputs: Sequence[str], **_: Any
 ) -> tuple[Tensor, ...]:
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    size = torch.library.get_ctx().new_dynamic_size
-    rows = size()
+    rows = _unknown_size(labels.numel())
     logps = labels.new_empty(labels.shape, dtype=exact)
     return (
         logps,
@@ -269,14 +268,23 @@ def _fake_forward(
         *pack_empty(logps, outputs),
         *Saved(
             positions=labels.new_empty(rows, dtype=torch.int64),
-            stats=hidden.new_empty(size(), rows, dtype=exact),
-            references=hidden.new_empty(size(), rows, dtype=exact),
-            unit=hidden.new_empty(size(), hidden.shape[1], dtype=exact),
-            kept=hidden.new_empty(size()),
-            active=hidden.new_empty(size(), dtype=torch.uint8),
-            schedule=hidden.new_empty(size(), dtype=torch.int64, device="cpu"),
+            stats=hidden.new_empty(_unknown_size(4), rows, dtype=exact),
+            references=hidden.new_empty(_unknown_size(0), rows, dtype=exact),
+            unit=hidden.new_empty(_unknown_size(0), hidden.shape[1], dtype=exact),
+            kept=hidden.new_empty(_unknown_size(0)),
+            active=hidden.new_empty(_unknown_size(0), dtype=torch.uint8),
+            schedule=hidden.new_empty(_unknown_size(5), dtype=torch.int64, device="cpu"),
         ),
     )
+
+
+def _unknown_size(without_symbols: int) -> Any:
+    """A size that data decide: a symbol, or the number given where there are none (meta tensors, or a FakeTensorMode
+    on its own)."""
+    try:
+        return torch.library.get_ctx().new_dynamic_size()
+    except RuntimeError:
+        return without_symbols
 
 
 def _fake_grad(
