@@ -63,8 +63,8 @@ CHAT = (
 )
 
 
-def make_hub(folder: Path, checkout: Path) -> None:
-    """Write everything below `folder`, from the scripts of a checkout of TRL."""
+def make_hub(folder: Path, checkout: Path, dtype: torch.dtype) -> None:
+    """Write everything below `folder`, from the scripts of a checkout of TRL; its own tiny models are in bfloat16."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     home = folder / ORGANIZATION
@@ -74,7 +74,7 @@ def make_hub(folder: Path, checkout: Path) -> None:
         path = checkout / "trl" / "chat_templates" / f"{template}.jinja"
         tokenizer = make_tokenizer(path.read_text() if path.exists() else CHAT)
         try:
-            model = make_model(name, family, settings, tokenizer)
+            model = make_model(name, family, settings, tokenizer).to(dtype)
         except (AttributeError, TypeError, ValueError) as error:  # another version of transformers
             warnings.warn(f"no {name}: {error}", stacklevel=1)
             continue
@@ -106,12 +106,12 @@ def make_tokenizer(template: str) -> transformers.PreTrainedTokenizerFast:
 
 
 def make_model(name: str, family: str, settings: dict[str, Any], tokenizer: Any) -> transformers.PreTrainedModel:
-    """Initialised as TRL's tiny models are, in bfloat16."""
+    """Initialised as TRL's tiny models are."""
     transformers.set_seed(0)
     special = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     config = getattr(transformers, f"{family}Config")(**(SIZES | dict(vocab_size=len(tokenizer)) | special | settings))
     kind = name.split("For", 1)[1].split("-")[0]
-    model = getattr(transformers, f"{family}For{kind}")(config).to(torch.bfloat16)
+    model = getattr(transformers, f"{family}For{kind}")(config)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -3,7 +3,10 @@
 Runs with TRL 1.15 or later and with 0.24 (see test_trl_024.py); what a generation does not have is skipped.
 """
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from rpo_kernels.integrations.trl import patch, patching  # noqa: E402
 from trl_trainers import GENERATION, MODELS, assert_same, train  # noqa: E402
 
 fused = pytest.mark.skipif(GENERATION != "fused head", reason=f"TRL {trl.__version__} has no fused LM head")
+ROOT = Path(__file__).parents[1]
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 LOSSES = [
     dict(loss_type=["sigmoid"]),
@@ -119,6 +123,18 @@ def test_an_unknown_signature_is_refused(monkeypatch):
     with pytest.raises(RuntimeError, match="has no"):
         patch()
     assert patching._active is None
+
+
+@pytest.mark.slow
+def test_a_script_of_trl_runs_patched(tmp_path):
+    """`python -m rpo_kernels.integrations.trl MODULE`: the module is the program, with its arguments."""
+    program = "print('patched', utils.selective_log_softmax.__module__, __name__, sys.argv[1:])"
+    (tmp_path / "script.py").write_text(f"import sys\nimport trl.trainer.utils as utils\n{program}\n")
+    command = [sys.executable, "-m", "rpo_kernels.integrations.trl", "script", "--bf16", "false"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    expected = "patched rpo_kernels.integrations.trl.patching __main__ ['--bf16', 'false']"
+    assert done.stdout.splitlines()[-1:] == [expected], done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------- functions

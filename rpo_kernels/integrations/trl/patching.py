@@ -278,7 +278,7 @@ def _trl_utils() -> ModuleType:
     try:
         import trl.trainer.utils
     except ImportError as error:
-        raise ImportError("rpo_kernels.integrations.trl needs TRL: pip install 'rpo-kernels[trl]'") from error
+        raise ImportError("rpo_kernels.integrations.trl needs TRL: pip install 'trl>=0.24'") from error
     return trl.trainer.utils
 
 
