@@ -74,7 +74,7 @@ def make_hub(folder: Path, checkout: Path, dtype: torch.dtype) -> None:
         path = checkout / "trl" / "chat_templates" / f"{template}.jinja"
         tokenizer = make_tokenizer(path.read_text() if path.exists() else CHAT)
         try:
-            model = make_model(name, family, settings, tokenizer).to(dtype)
+            model = make_model(name, family, settings, tokenizer, dtype)
         except (AttributeError, TypeError, ValueError) as error:  # another version of transformers
             warnings.warn(f"no {name}: {error}", stacklevel=1)
             continue
@@ -105,7 +105,9 @@ def make_tokenizer(template: str) -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def make_model(name: str, family: str, settings: dict[str, Any], tokenizer: Any) -> transformers.PreTrainedModel:
+def make_model(
+    name: str, family: str, settings: dict[str, Any], tokenizer: Any, dtype: torch.dtype
+) -> transformers.PreTrainedModel:
     """Initialised as TRL's tiny models are."""
     transformers.set_seed(0)
     special = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
@@ -117,7 +119,7 @@ def make_model(name: str, family: str, settings: dict[str, Any], tokenizer: Any)
             nn.init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-    return model
+    return model.to(dtype=dtype)
 
 
 def make_data(folder: Path, script: Path) -> None:
