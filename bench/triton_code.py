@@ -169,7 +169,7 @@ def tile_step(columns, softcap=False, full=True, marks=False) -> Build:
     vectors = ("logits", "out", "references", "sums", "early_logits", "active", "dropped")
     absent = [(kernel.arg_names.index(name),) for name in vectors if name not in signature]
     width = 1 if marks else 4096
-    flags = dict(SOFTCAP=softcap, FULL=full, WIDTH=width, BLOCK=columns, BLOCK_H=min(1024, width))
+    flags = dict(SOFTCAP=softcap, FULL=full, PADDED=True, WIDTH=width, BLOCK=columns, BLOCK_H=min(1024, width))
     name = _name("tile", str(columns), {}, softcap=softcap, masked=not full, marks=marks)
     aligned = [name for name in ("logits", "out", "sums", "logits_stride", "out_stride") if name in signature]
     return Build(name, kernel, signature, flags, absent, max(1, columns // 1024), aligned=tuple(aligned))
@@ -236,6 +236,7 @@ def facts(build: Build, target_name: str) -> dict[str, Any]:
     sass = code.asm["sass"]
     found |= _nvidia_resources(code.asm["cubin"])
     found["local_accesses"] = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    found["wide_accesses"] = len(re.findall(r"\b(?:LDG|STG)\.\S*(?:128|256)\b", sass))
     return found | (_main_loop(sass, build.columns_a_thread) if build.columns_a_thread else {})
 
 

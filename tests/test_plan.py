@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 
 from rpo_kernels import linear_token_logprobs, memory_plan
 from rpo_kernels.head import budget as budgets
-from rpo_kernels.head import gemm, plan, tiles
+from rpo_kernels.head import gemm, operator, plan, tiles
 from rpo_kernels.kernels import native_head
 from rpo_kernels.kernels.softmax import TileSoftmax
 
@@ -51,6 +51,28 @@ def test_a_containers_limit_counts(tmp_path):
     assert budgets._container_bytes(tmp_path, 77) == 500
     (tmp_path / "memory.max").write_text("max\n")
     assert budgets._container_bytes(tmp_path, 77) == 77
+
+
+def test_free_memory_of_a_gpu_counts_what_its_allocator_holds_unused(monkeypatch):
+    reads = []
+    counted = {name: {"all": {"current": size}} for name, size in (("reserved_bytes", 50), ("allocated_bytes", 20))}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: reads.append(device) or counted)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    assert budgets._free_bytes(torch.device("cuda")) == 130 and len(reads) == 1
+    counted.clear()  # before the allocator's first use
+    assert budgets._free_bytes(torch.device("cuda")) == 100
+
+
+def test_free_memory_is_read_once_a_forward_and_before_the_wait_for_the_device(monkeypatch):
+    order = []
+    free, find = budgets._free_bytes, operator.find_rows
+    monkeypatch.setattr(budgets, "_free_bytes", lambda device: order.append("free") or free(device))
+    monkeypatch.setattr(operator, "find_rows", lambda *args: order.append("rows") or find(*args))
+    hidden, weight = torch.randn(5, 8).requires_grad_(), torch.randn(300, 8)
+    logps = linear_token_logprobs(hidden, weight, torch.arange(5))
+    assert order == ["free", "rows"]
+    torch.autograd.grad(logps.sum(), hidden)
+    assert order == ["free", "rows"]
 
 
 @pytest.mark.parametrize("sizes", [(-1, 4, 4), (4, 0, 4), (4, 4, 0)])

@@ -46,8 +46,10 @@ def _default_budget(device: torch.device) -> int:
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved
+        counted = torch.cuda.memory_stats_as_nested_dict(device)  # once: it takes as long as several launches
+        names = ("reserved_bytes", "allocated_bytes") if counted else ()
+        reserved, allocated = [counted[name]["all"]["current"] for name in names] or (0, 0)
+        return torch.cuda.mem_get_info(device)[0] + reserved - allocated
     try:
         with open("/proc/meminfo") as meminfo:
             free = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))

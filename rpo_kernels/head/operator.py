@@ -191,6 +191,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     vocab, width = weight.shape
     check_label_range(labels, vocab, options["ignore_index"])
+    budget = parse_budget(memory_budget, hidden.device)  # while the device may still be busy
     rows = find_rows(labels, TokenOptions(**options))
     head = Head(hidden, weight, bias, TokenOptions(**options), backend)
     differentiable = needs_hidden or needs_weight
@@ -209,7 +210,7 @@ def _forward(
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
         positions=labels.numel(),
-        memory_budget=memory_budget,
+        memory_budget=budget,
         gradient_filter=needs.threshold,
         softcap=options["softcap"],
         outputs=outputs,

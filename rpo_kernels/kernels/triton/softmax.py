@@ -128,6 +128,7 @@ class FusedTileSoftmax(TileSoftmax):
                 *(columns, first_column, *scales(options), threshold),
                 SOFTCAP=options.softcap is not None,
                 FULL=columns == block,
+                PADDED=all(x is None or x.stride(0) == row_length(columns) for x in (logits, out)),
                 WIDTH=width,
                 BLOCK=block,
                 BLOCK_H=min(BLOCK_H, triton.next_power_of_2(width)),
@@ -158,6 +159,7 @@ def tile_kernel(
     threshold,
     SOFTCAP: tl.constexpr,
     FULL: tl.constexpr,
+    PADDED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -167,10 +169,13 @@ def tile_kernel(
     offsets = tl.arange(0, BLOCK)
     inside = offsets < columns
     here = logits + row * logits_stride
+    # What lies between the columns and the row's padded end is read and written with them, 16 bytes at a time.
+    length = (columns + 15) // 16 * 16 if PADDED else columns
     if FULL:
         x = tl.load(here + offsets, eviction_policy="evict_first").to(tl.float32)
     else:
-        x = tl.load(here + offsets, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(here + offsets, mask=offsets < length, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x = tl.where(inside, x, float("-inf"))
     u = squash(x, inner, SOFTCAP)
     if SOFTCAP and not FULL:
         u = tl.where(inside, u, float("-inf"))
@@ -211,7 +216,7 @@ def tile_kernel(
         if FULL:
             tl.store(out + row * out_stride + offsets, p.to(out.dtype.element_ty))
         else:
-            tl.store(out + row * out_stride + offsets, p.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + row * out_stride + offsets, p.to(out.dtype.element_ty), mask=offsets < length)
     if sums is not None:  # noqa: SIM102
         if factor != 1.0:
             for h in range(0, WIDTH, BLOCK_H):
