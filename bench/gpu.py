@@ -41,7 +41,10 @@ def _bench(name: str, arguments: str, seconds: int = 150) -> Step:
     return Step(title, seconds, [*_CLI, "bench", "--resume", "--name", name, *arguments.split()])
 
 
-_KERNEL_TESTS = ("rows", "logprobs", "triton_rows", "triton_sequences", "head", "head_filter", "head_exactness")
+_KERNEL_TESTS = (
+    *("rows", "logprobs", "triton_rows", "triton_sequences"),
+    *("head", "head_filter", "head_exactness", "head_evaluation", "head_gemm"),
+)
 _PARTS, _HOST_COSTS = (str(Path(__file__).parent / name) for name in ("gpu_parts.py", "host_costs.py"))
 
 

@@ -95,3 +95,9 @@ def test_predictions_name_five_models_and_four_row_counts():
     assert len(lines) == len(predictions.MODELS) * len(predictions.ROWS) == 20
     committed = (Path(__file__).parent.parent / "bench" / "notes" / "predictions-h200.md").read_text()
     assert table == committed
+
+
+def test_tests_that_steps_name_exist():
+    root = Path(__file__).parent.parent
+    named = [word for step in STEPS for word in step.arguments if word.startswith("tests")]
+    assert len(named) > 5 and all((root / word).exists() for word in named)

@@ -59,6 +59,46 @@ def test_odd_vocabularies_keep_aligned_rows(backend, backend_device, vocab, opti
     compare(*make((2, 16), vocab=vocab, dtype=torch.bfloat16, device=backend_device, bias=True), backend, **options)
 
 
+@pytest.mark.parametrize("gradient_filter", [None, 2.0**-12])
+@pytest.mark.parametrize("softcap", [None, 40.0])
+def test_all_of_it_at_once_in_triton(available_backend, softcap, gradient_filter):
+    """Rising maxima, an odd vocabulary, columns at -inf, labels in the first and the last tile; kept and recomputed."""
+    backend, device = available_backend("triton")
+    hidden, weight, labels = rising(torch.bfloat16, device, vocab=601)
+    hidden, labels = hidden[:1, :6].detach().requires_grad_(), labels[:1, :6].clone()
+    labels[0, :4] = torch.tensor([0, 255, 256, 600], device=device)
+    labels[0, 4:] = torch.tensor([-100, 599], device=device)
+    bias = torch.zeros(601, dtype=torch.bfloat16, device=device)
+    bias[300:340] = -torch.inf if softcap is None else 0  # a capped logit is finite
+    factors, bias = factors_for(labels), bias.requires_grad_()
+    values, exact = expected(hidden, weight, bias, labels, factors, softcap=softcap)
+    options = dict(bias=bias, softcap=softcap, gradient_filter=gradient_filter, outputs=("dropped",), backend=backend)
+    for budget in (None, 0) if gradient_filter is None else (None,):
+        outputs = linear_token_logprobs(hidden, weight, labels, memory_budget=budget, **options)
+        torch.testing.assert_close(outputs.logps.double(), values, rtol=3e-6, atol=2e-5)
+        mine = torch.autograd.grad((outputs.logps * factors).sum(), (hidden, weight, bias))
+        reach = weight.norm(dim=-1).max() * factors.abs() * outputs.dropped  # of what the filter left out
+        missing = (mine[0] - exact[0]).norm(dim=-1)
+        assert (missing <= reach + 2 * GRADIENT[torch.bfloat16] * exact[0].norm(dim=-1) + 1e-6).all()
+        for gradient, wanted in zip(mine[1:], exact[1:]):
+            assert error(gradient, wanted) <= 2 * GRADIENT[torch.bfloat16] + outputs.dropped.sum()
+
+
+def test_a_row_without_a_finite_logit_spoils_no_other(backend, backend_device):
+    hidden, weight, _, labels = make((1, 20), vocab=601, device=backend_device)
+    with torch.no_grad():
+        weight[:, 0] = -weight[:, 0].abs() - 0.1
+        hidden[0, 3, 0] = torch.inf
+    labels[0, 3], labels[0, 4] = 5, 6
+    finite = torch.arange(20, device=backend_device) != 3
+    values, exact = expected(hidden[:, finite], weight, None, labels[:, finite], factors_for(labels)[:, finite])
+    logps = linear_token_logprobs(hidden, weight, labels, backend=backend)
+    assert not logps[0, 3].isfinite()
+    torch.testing.assert_close(logps[:, finite].double(), values, rtol=2e-6, atol=5e-6)
+    (gradient,) = torch.autograd.grad((logps * factors_for(labels))[:, finite].sum(), hidden)
+    assert error(gradient[:, finite], exact[0]) <= 1e-5
+
+
 def test_tile_kernel_against_the_reference(available_backend):
     """Each pass of the fused kernels beside the same pass of the reference, tile by tile, with references that move."""
     _, device = available_backend("triton")

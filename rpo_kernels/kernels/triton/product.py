@@ -39,6 +39,7 @@ class Blocks(NamedTuple):
 HOPPER = Blocks(128, 256, 64, warps=8, stages=3)
 NVIDIA = Blocks(128, 128, 64, warps=8, stages=3)
 AMD = Blocks(128, 128, 32, warps=8, stages=2)
+FLOAT32 = Blocks(64, 64, 32, warps=4, stages=2)  # without matrix units: right, not fast
 
 
 def product_stats(
@@ -95,7 +96,9 @@ def product_stats(
 
 
 def blocks_of(x: Tensor) -> Blocks:
-    """Blocks for the device of a tensor."""
+    """Blocks for the device and dtype of a tensor."""
+    if x.dtype == torch.float32:
+        return FLOAT32
     if torch.version.hip:
         return AMD
     return HOPPER if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9 else NVIDIA
