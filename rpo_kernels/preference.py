@@ -140,7 +140,7 @@ class PreferenceBatch(NamedTuple):
         shift: bool,
     ) -> "PreferenceBatch":
         """Build from the arguments of `rpo_loss`; ValueError names the one that does not fit."""
-        if objective in PRESETS.values():
+        if any(objective is preset for preset in PRESETS.values()):
             raise ValueError(f"objective must be an RPO, such as {objective.__name__}(), got {objective!r}")
         if isinstance(objective, type) or not callable(objective):
             raise ValueError(f"objective must be an RPO or a function of [G, K] tensors, got {objective!r}")

@@ -107,6 +107,26 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def matmul_precision(name):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 QUICK = {
     "plain": plain,
     "repeated": repeated,
@@ -123,5 +143,11 @@ QUICK = {
     "default dtype": under(lambda: default_dtype(torch.float64)),
     "default half": under(lambda: default_dtype(torch.float16)),
     "default device": under(lambda: torch.device("meta")),
+    "three threads": under(lambda: threads(3)),
+    "matmul precision": under(lambda: matmul_precision("medium")),
+}
+# For Triton's interpreter, which takes seconds: those that it could fail apart from its kernels.
+FEW = {
+    name: QUICK[name] for name in ("plain", "repeated", "differentiated twice", "accumulated", "hooks", "checkpoint")
 }
 COMPILED = {"compiled": compiled(False), "compiled dynamic": compiled(True)}

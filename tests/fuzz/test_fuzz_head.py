@@ -116,3 +116,33 @@ def test_filter_stays_within_its_bound(data):
     bound = dropped.detach() * factors.abs() * weight.norm(dim=-1).max() * max(slope, 1)
     error = (grad.double() - expected_grad).norm(dim=-1)
     assert (error <= bound * 1.001 + 2e-5 * (1 + weight.norm(dim=-1).max() * factors.abs())).all()
+
+
+@pytest.mark.slow
+def test_one_dynamic_graph_serves_every_shape():
+    """Compiled once for sizes that change, then right for many."""
+    torch._dynamo.reset()
+
+    def f(hidden, weight, labels):
+        return linear_token_logprobs(hidden * 1, weight, labels, memory_budget=2**14)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    @settings(settings.get_profile("fuzz"))
+    @given(data=st.data())
+    def run(data):
+        shape = data.draw(st.tuples(st.integers(2, 5), st.integers(2, 5)))
+        width, vocab = data.draw(st.integers(2, 24)), data.draw(st.integers(2, 300))
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+        hidden = torch.randn(*shape, width, generator=generator).requires_grad_()
+        weight = torch.randn(vocab, width, generator=generator).requires_grad_()
+        labels = torch.randint(vocab, shape, generator=generator)
+        labels[torch.rand(shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))] = -100
+        factors = torch.randn(shape, generator=generator)
+        expected, expected_grads = exact_results(hidden, weight, None, labels, {}, factors)
+        logps = compiled(hidden, weight, labels)
+        torch.testing.assert_close(logps.double(), expected, rtol=1e-4, atol=2e-4)
+        for grad, exact in zip(torch.autograd.grad(logps, (hidden, weight), factors), expected_grads):
+            assert_gradient(grad, exact, torch.float32, float(factors.norm()))
+
+    run()

@@ -101,7 +101,7 @@ def test_triton(data):
     if torch.cuda.is_available():
         problem.logits, problem.labels = problem.logits.cuda(), problem.labels.cuda()
         pytest.skip("the oracle's contexts are the CPU's")
-    check(problem, "triton", contexts.plain, inplace)
+    check(problem, "triton", contexts.QUICK[data.draw(st.sampled_from(contexts.FEW))], inplace)
 
 
 @pytest.mark.slow
@@ -111,6 +111,28 @@ def test_triton(data):
 def test_compiled(context, data):
     backend = data.draw(st.sampled_from(BACKENDS))
     check(data.draw(problems(backend)), backend, contexts.COMPILED[context], data.draw(st.booleans()))
+
+
+@settings(settings.get_profile("fuzz"))
+@given(data=st.data())
+def test_rows_that_labels_share(data):
+    """`rows=`: label n is scored against row rows[n], however many labels a row has."""
+    backend = data.draw(st.sampled_from(BACKENDS))
+    problem = data.draw(problems(backend))
+    logits, labels = problem.logits.flatten(0, 1), problem.labels.flatten()
+    options = problem.options | dict(shift=False)
+    generator = torch.Generator().manual_seed(problem.seed)
+    rows = torch.randint(len(logits), labels.shape, generator=generator)
+    factors = torch.randn(labels.shape, generator=generator)
+    exact = logits.double().requires_grad_()
+    expected = oracle.token_outputs(exact[rows], labels, **options)["logps"]
+    (expected_grad,) = torch.autograd.grad(expected, exact, factors.double())
+    leaf = logits.detach().requires_grad_()
+    inplace = data.draw(st.booleans())
+    value = token_logprobs(leaf * 1, labels, rows=rows, inplace_backward=inplace, backend=backend, **options)
+    assert_close(value, expected)
+    (grad,) = torch.autograd.grad(value, leaf, factors.to(value.dtype))
+    assert_gradient(grad, expected_grad, ROUNDING[leaf.dtype])
 
 
 @settings(settings.get_profile("fuzz"))
