@@ -3,9 +3,9 @@
     python bench/train_levels.py --model DIR --train-data train.jsonl --eval-data test.jsonl
     python bench/train_levels.py ... --steps 4 --max-length 64 --train-groups 8 --eval-groups 4
 
-Each is a process of its own: `rpo-kernels train`, its peak resident memory. Losses, held-out accuracy and
-memory go to one JSON file and one picture. A run that was interrupted is continued by the next call with the same
-arguments, which skips what is done.
+Each is a process of its own: `rpo-kernels train`, its peak resident memory. Losses, held-out accuracy, time and
+memory go to one JSON file and one picture. Times are ratios of steps on the same data, of processes one after another.
+A run that was interrupted is continued by the next call with the same arguments, which skips what is done.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -61,12 +62,18 @@ def flags(args: argparse.Namespace) -> list[str]:
         "eval-steps": max(1, args.steps // 4),
         "save-strategy": "no",
         "use-cpu": "true",
+        "bf16": str(args.bf16).lower(),
     }
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 def losses(run: dict[str, Any]) -> list[float]:
     return [entry["loss"] for entry in run["history"] if "loss" in entry]
+
+
+def speeds(run: dict[str, Any]) -> list[float]:
+    """Tokens a second of each step; none in results from before they were logged."""
+    return [entry["tokens_per_second"] for entry in run["history"] if "tokens_per_second" in entry]
 
 
 def held_out(run: dict[str, Any], metric: str) -> list[tuple[int, float]]:
@@ -98,15 +105,26 @@ def draw(data: dict[str, Any], folder: Path, name: str, svg: bool = True) -> lis
 
 def tables_of(data: dict[str, Any]) -> list[Table]:
     """Each run, and the largest difference of its losses to the first run's."""
-    first = losses(next(iter(data["runs"].values())))
-    header = ["", "peak memory", "largest difference in loss", "held-out loss", "held-out accuracy"]
+    reference = next(iter(data["runs"].values()))
+    first = losses(reference)
+    header = [
+        "",
+        "time a step / logits",
+        "peak memory",
+        "largest difference in loss",
+        "held-out loss",
+        "held-out accuracy",
+    ]
     rows = []
     for name, run in data["runs"].items():
         apart = max(abs(a - b) for a, b in zip(losses(run), first, strict=True))
         change = [f"{run['before'][key]:.3f} → {run['after'][key]:.3f}" for key in ("eval_loss", "eval_accuracy")]
-        rows.append([name, format_bytes(run["peak_bytes"]), f"{apart:.1e}", *change])
+        slower = [a / b for a, b in zip(speeds(reference), speeds(run), strict=True)]
+        time_a_step = f"{median(slower):.2f}" if slower else "not logged"
+        rows.append([name, time_a_step, format_bytes(run["peak_bytes"]), f"{apart:.1e}", *change])
     settings = data["settings"]
-    title = f"{settings['steps']} steps of two groups, K = 4, at most {settings['max_length']} tokens, float32"
+    precision = "bfloat16 autocast" if settings.get("bf16") else "float32"
+    title = f"{settings['steps']} steps of two groups, K = 4, at most {settings['max_length']} tokens, {precision}"
     return [Table(title, header, rows, [])]
 
 
@@ -121,10 +139,11 @@ def main() -> None:
     parser.add_argument("--train-groups", type=int, default=80)
     parser.add_argument("--eval-groups", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-6)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; default: float32")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder, one below it for the device")
     args = parser.parse_args()
     settings = {k: v for k, v in vars(args).items() if k not in ("model", "train_data", "eval_data", "out")}
-    data, path = open_results(args.out, "training", "training", settings)
+    data, path = open_results(args.out, "training", "training-bf16" if args.bf16 else "training", settings)
     for name, level in RUNS.items():
         if name not in data["runs"]:
             data["runs"][name] = train(flags(args), level)
