@@ -88,16 +88,17 @@ def row_stats(
     """As `reference.row_stats`, for float32, bfloat16 and float16 logits on the CPU."""
     described = _describe(logits, labels, options, first_column)
     stats = RowStats.empty(labels, outputs) if running is None else running
-    dense = [None if x is None else x.contiguous() for x in stats]
+    dense = stats if running is None else [None if x is None else x.contiguous() for x in stats]
     pointers = _Stats(*(_pointer(x) for x in dense))
     failed = _library().rpo_row_stats(
         _level_pointer(level()), byref(_workers()), byref(described.struct), running is not None, byref(pointers)
     )
     if failed:
         raise MemoryError("row_stats: no memory for partial sums")
-    for field, x in zip(stats, dense):
-        if field is not None and x is not None and x is not field:
-            field.copy_(x)
+    if running is not None:
+        for field, x in zip(running, dense):
+            if field is not None and x is not None and x is not field:
+                field.copy_(x)
     return stats
 
 
@@ -217,7 +218,9 @@ def _describe(logits: Tensor, labels: Tensor, options: TokenOptions, first_colum
     if labels.shape != logits.shape[:2]:
         raise ValueError(f"labels must be {tuple(logits.shape[:2])} as logits are, got {tuple(labels.shape)}")
     rows = logits if _has_dense_rows(logits) else logits.contiguous()
-    return _Described(rows, labels.to("cpu", torch.int64), options, first_column)
+    if labels.dtype != torch.int64 or labels.device.type != "cpu":  # `to` takes a microsecond even if nothing changes
+        labels = labels.to("cpu", torch.int64)
+    return _Described(rows, labels, options, first_column)
 
 
 def _pointer(x: Tensor | None) -> int | None:
