@@ -18,7 +18,7 @@ X86_LEVELS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
-# The head level's products, for CPUs that multiply bfloat16, and emulated for tests on those that do not (csrc/head.h).
+# The LM head's kernels, for CPUs with bfloat16 products, and with these emulated for tests (csrc/head.h).
 X86_HEADS = {"avx512bf16": ["-mavx512bf16"], "emulated": ["-DRPO_EMULATED"]}
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
 # GCC 12 warns of its own AVX-512 header, Clang of a warning that it does not know.

@@ -1,4 +1,4 @@
-"""What the head level should cost on an H200: a cost model, not a measurement.
+"""Expected time of the LM head on an H200: a cost model, not a measurement.
 
     python bench/predictions.py [--out bench/notes/predictions-h200.md]
 

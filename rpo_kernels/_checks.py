@@ -21,7 +21,7 @@ _WORDS = {
 def checks_values(x: Tensor) -> bool:
     """Whether to read the values of `x`: always on the CPU, and never of fake tensors or while torch.compile traces.
 
-    Reading them from an accelerator makes the host wait for it, so there only if RPO_KERNELS_CHECK=1 is set.
+    Reading them from an accelerator synchronises with it, so there only if RPO_KERNELS_CHECK=1 is set.
     """
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return False
@@ -39,13 +39,13 @@ def check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...] = FLOATING) 
 
 
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...], which: str) -> None:
-    """Check the shape of `x`; `which` says in the error what has that shape too."""
+    """Check the shape of `x`; `which` describes the expected shape in the error."""
     if x.shape != shape:
         raise ValueError(f"{name} must have {which} {list(shape)}; got {list(x.shape)}")
 
 
 def check_device(name: str, x: Tensor, device: torch.device, whose: str) -> None:
-    """Check that `x` is on a device; `whose` says in the error which argument is there."""
+    """Check that `x` is on a device; `whose` names in the error the argument that is on it."""
     if x.device != device:
         raise ValueError(f"{name} must be on {whose} device {device}; got {x.device}")
 
@@ -65,5 +65,5 @@ def check_integer(name: str, value: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a real number of Python, and no bool."""
+    """Whether `value` is a Python int or float (or a symbolic one), not a bool."""
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)

@@ -1,11 +1,11 @@
-"""Files that are whole or not there."""
+"""Files that are either complete or absent."""
 
 import os
 from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that no reader, and no interruption, ever sees a part of it; makes its folder."""
+    """Write a text file atomically, creating its folder: an interruption never leaves a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")

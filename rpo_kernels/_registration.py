@@ -1,10 +1,10 @@
-"""How the package's operators are registered with torch: schema, implementation, fake tensors, gradient.
+"""Registration of the package's operators with torch: schema, implementation, fake tensors, gradient.
 
-Gradients are operators too. What torch.compile keeps on disk then holds calls and none of this package's formulas, so
-that a graph compiled before an upgrade does not mix the old backward with the new forward.
+Gradients are operators too. Graphs that torch.compile caches on disk then contain calls instead of this package's
+formulas, so that a graph compiled before an upgrade does not mix the old backward with the new forward.
 
-The dispatcher costs an operator written in Python more than a small batch's kernels do. In eager mode, where it would
-only call the implementation, an `Operator` calls it directly.
+For operators written in Python, torch's dispatcher takes longer than the kernels of a small batch. In eager mode, where
+it would only call the implementation, an `Operator` calls it directly.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,8 +73,8 @@ def register(
 def register_overwriting(schema: str, implementation: Callable) -> Callable:
     """Define an operator that overwrites its first argument and returns nothing.
 
-    Each call raises the version of what it overwrites, when it is traced too, so that autograd raises for whoever
-    saved it before.
+    Each call increments the version of the overwritten tensor, also when traced, so that autograd raises an error for
+    operators that saved it before.
     """
     name, _, rest = schema.partition("(")
     overwritten = rest.split(",")[0].split()[-1]
@@ -84,10 +84,10 @@ def register_overwriting(schema: str, implementation: Callable) -> Callable:
 
 
 def saves_without_hooks() -> bool:
-    """Whether autograd keeps what is saved now as it is, and checks its version before it hands it out.
+    """Whether autograd saves tensors without hooks, and checks their versions when they are unpacked.
 
-    Under hooks for saved tensors (activation checkpointing, `save_on_cpu`) it may hand the same memory to several
-    operators and checks nothing.
+    Under hooks for saved tensors (activation checkpointing, `save_on_cpu`) it may give the same memory to several
+    operators and checks no version.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
@@ -95,7 +95,7 @@ def saves_without_hooks() -> bool:
 def _function(
     name: str, implementation: Callable, setup_context: Callable, backward: Callable
 ) -> type[torch.autograd.Function]:
-    """What `torch.library.register_autograd` makes of the same two functions, without the dispatcher in between."""
+    """The autograd function that `torch.library.register_autograd` makes of both functions, without the dispatcher."""
 
     def forward(ctx: Any, options: dict[str, Any], *tensors: Any) -> Any:
         ctx.tensor_count = len(tensors)
@@ -104,7 +104,7 @@ def _function(
         return output
 
     def with_options(ctx: Any, *grads: Tensor | None) -> tuple:
-        # Without the options; a second backward finds it shortened already.
+        # Without the options; in a second backward it is already shortened.
         ctx.needs_input_grad = ctx.needs_input_grad[-ctx.tensor_count :]
         return None, *backward(ctx, *grads)
 
@@ -113,7 +113,7 @@ def _function(
 
 
 def _is_eager(tensors: Sequence[Any]) -> bool:
-    """Whether these are ordinary tensors and no mode, transform or profiler wants to see the operator."""
+    """Whether these are ordinary tensors, and no mode, transform or profiler must see the operator."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0

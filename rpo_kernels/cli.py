@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """Where a command lives: `module` has `main(argv) -> exit status` and needs the package's `extra`, if any."""
+    """A command: `module` has `main(argv) -> exit status` and needs the package's `extra`, if any."""
 
     module: str
     extra: str | None
     summary: str
-    resumes: bool = False  # whether `--resume` goes on from what an interrupted call has saved
+    resumes: bool = False  # whether `--resume` continues an interrupted call
 
 
 COMMANDS = {
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_interruption(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error; imports under way may turn it into an error of their own."""
+    """Whether Ctrl-C caused an error: during an import it may surface as another exception."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None

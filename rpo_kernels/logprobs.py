@@ -37,14 +37,14 @@ def token_logprobs(
         rows: `[N]` integers: label n is scored against row `rows[n]` of the logits `[T, V]`, so that several labels
             `[N]` share a row (see `rpo_kernels.shared_prompts`). No logits are copied. Goes without `shift`.
         temperature, softcap, logit_scale: positive; softcap None means none (Gemma 2 uses 30, arXiv 2408.00118).
-        shift: labels stand beside the input ids (Hugging Face convention): logits at `t - 1` are scored against
+        shift: labels align with the input ids (Hugging Face convention): logits at `t - 1` are scored against
             `labels[..., t]`, and position 0 is not scored. Nothing is copied.
-        inplace_backward: the gradient overwrites the logits' memory, in eager mode and compiled. Whatever else saved
-            the logits then gets autograd's error about modified tensors in its backward, and so does a second backward
-            under `retain_graph`. Where autograd cannot tell, under hooks for saved tensors (non-reentrant checkpoint,
-            `save_on_cpu`), and with `create_graph`, the gradient has its own memory. Rows must not share memory
-            (`expand`, `as_strided`).
-        outputs: names of what else to return, any of `"entropy"`, `"mean_logit"`, `"is_top1"`, `"log_sum_sq_probs"`
+        inplace_backward: the gradient overwrites the logits' memory, in eager mode and compiled. Other operators
+            that saved the logits then raise autograd's error about modified tensors in backward, and so does a second
+            backward under `retain_graph`. Where autograd does not check versions, under hooks for saved tensors
+            (non-reentrant checkpoint, `save_on_cpu`), and with `create_graph`, the gradient has its own memory. Rows
+            must not share memory (`expand`, `as_strided`).
+        outputs: names of further results, any of `"entropy"`, `"mean_logit"`, `"is_top1"`, `"log_sum_sq_probs"`
             and `"dropped"` (0 here), from the same pass over the logits.
         backend: `"triton"`, `"native"`, `"torch"`, or None for the fastest one on the logits' device.
 
@@ -53,7 +53,7 @@ def token_logprobs(
         Differentiable once in `logits`. Logits of any finite size are taken exactly, but where `backend="torch"` rounds
         `logit_scale / temperature * logits` to float32 like any other operator: beyond 1e9 in size, logits one step of
         float32 apart may count as equal there. With `outputs`, a `TokenOutputs` that holds them as `logps`
-        beside what was asked for; its `entropy` is differentiable too.
+        beside the outputs; its `entropy` is differentiable too.
 
     Properties, which tests/fuzz checks: a row's result depends on no other row, to the bit; the gradient is linear in
     that of the log-probabilities; columns may be permuted together with the labels; without a softcap, a row's gradient

@@ -1,4 +1,4 @@
-"""The three levels joined: logits, or hidden states and the LM head, to the group loss."""
+"""The losses: from logits, or hidden states and the LM head, through token, sequence and group level."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -69,7 +69,7 @@ def rpo_loss(
 
     Raises:
         ValueError: naming the argument that does not fit, what came and what was expected. Values (finite rewards,
-            rising cu_seqlens, label range) are checked on the CPU only, so that an accelerator is never waited for:
+            rising cu_seqlens, label range) are checked on the CPU only, to avoid synchronisation with an accelerator:
             there a non-finite reward makes the loss NaN, and RPO_KERNELS_CHECK=1 checks all three.
     """
     options: dict[str, Any] = dict(
@@ -124,7 +124,7 @@ def linear_rpo_loss(
     gradient_filter: float | Literal["auto"] | None = None,
     backend: str | None = None,
 ) -> RPOOutput:
-    """`rpo_loss` from hidden states and the LM head, without ever holding the logits.
+    """`rpo_loss` from hidden states and the LM head, without materialising the logits.
 
     Args:
         hidden: `[B, T, H]` for B padded responses, or `[total, H]` packed; float32, bfloat16, float16 or float64.

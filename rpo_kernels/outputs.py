@@ -1,4 +1,4 @@
-"""What the token level returns beside log-probabilities: named by the caller, carried by the operators as tensors."""
+"""Outputs of the token level beside log-probabilities, by name, and their form as results of the operators."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +18,9 @@ class TokenOutputs(NamedTuple):
     mean_logit: Tensor | None = None  # mean over the vocabulary of the transformed logits
     is_top1: Tensor | None = None  # 1 where the label's logit is the largest, the first of equal ones, else 0
     log_sum_sq_probs: Tensor | None = None  # log of the sum of squared probabilities
-    dropped: Tensor | None = None  # what a gradient filter leaves out: an upper bound, see `linear_token_logprobs`
+    dropped: Tensor | None = (
+        None  # upper bound of the gradient mass that a filter leaves out, see `linear_token_logprobs`
+    )
 
 
 class Asked(NamedTuple):

@@ -1,4 +1,4 @@
-"""From log-probabilities of tokens, or scores of responses, to the group loss: what the losses share."""
+"""The loss from log-probabilities of tokens or scores of responses, shared by all losses."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -45,11 +45,11 @@ def preference_loss(
     shift: bool = False,
     backend: str | None = None,
 ) -> RPOOutput:
-    """`rpo_loss` from the tokens' log-probabilities, for whoever has them already.
+    """`rpo_loss` from the tokens' log-probabilities, where these are computed elsewhere.
 
     Args:
         token_logps: `[B, T]` natural log-probabilities of the labels, or `[total]` with `cu_seqlens`; floating point.
-            What stands at positions that are not scored is not read.
+            Values at positions that are not scored are ignored.
         labels: of the same shape, int64 or int32; only read for which positions are scored: all but `ignore_index`
             and, with `shift`, the first of each response.
         backend: `"triton"` and None on an accelerator fuse the built-in objectives, `"torch"` does not.
@@ -80,13 +80,13 @@ def score_loss(
     group_ids: Sequence[int] | Tensor | None = None,
     backend: str | None = None,
 ) -> RPOOutput:
-    """The preference loss of anything that gives each response one score, in the place of its log-ratio.
+    """The preference loss from one score per response, in place of its log-ratio.
 
     For diffusion and flow models the score of a sample is minus the difference of the policy's and the reference's
     denoising errors (Diffusion-DPO, arXiv 2311.12908, eq. 14); the objective's `beta` then holds the paper's `beta T`.
 
     Args:
-        scores: `[B]`, floating point: log-ratios to the reference, or what stands for them.
+        scores: `[B]`, floating point: log-ratios to the reference, or another quantity in their place.
         rewards: `[B]`, finite, in the batch's order.
         objective: as in `rpo_loss`, but not length-normalised: a score has no length.
         num_responses, layout, group_ids: as in `rpo_loss`.
@@ -207,7 +207,7 @@ class PreferenceBatch(NamedTuple):
 
     def _group_loss(self, logps: Tensor, ref_logps: Tensor | None, log_ratios: Tensor) -> RPOOutput:
         groups = self.groups
-        # Rewards of more digits than float32 keep them: they would become ties.
+        # Rewards wider than float32 keep their dtype: rounded, different ones could become equal.
         wide = self.rewards.dtype == torch.float64 or not self.rewards.is_floating_point()
         rewards = groups.gather(self.rewards.to(torch.float64 if wide else logps.dtype))
         group_losses = self.objective(groups.gather(log_ratios), rewards, groups.present)

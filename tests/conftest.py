@@ -52,7 +52,7 @@ def backend(request, available_backend) -> str:
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Chunks of 16 rows and tiles of 256 columns at the head level, so that small inputs have several of both."""
+    """Chunks of 16 rows and tiles of 256 columns of the LM head, so that small inputs have several of both."""
     from rpo_kernels.head import plan
 
     monkeypatch.setattr(plan, "_SHAPES", {})

@@ -1,4 +1,4 @@
-"""Inputs, float64 truth and comparisons that the tests of the head level share."""
+"""Inputs, float64 truth and comparisons shared by the tests of the LM head."""
 
 import torch
 

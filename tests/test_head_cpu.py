@@ -1,4 +1,4 @@
-"""The head level's walk on CPUs with bfloat16 units: exactness, tails, the filter, bits, what the instruction does.
+"""The LM head on CPUs with bfloat16 units: exactness, tails, the filter, bits, what the instruction does.
 
 Runs on the units where the CPU has them, and on their emulation wherever there is AVX-512.
 """

@@ -1,4 +1,4 @@
-"""The head level without gradients in one product: against float64, its plan, and when it is chosen."""
+"""The LM head without gradients in one product: against float64, its plan, and when it is chosen."""
 
 import pytest
 import torch

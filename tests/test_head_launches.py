@@ -1,4 +1,4 @@
-"""Kernels launched and waits for the device at the head level, counted: what each tile, chunk and call adds."""
+"""Kernel launches and synchronisations of the LM head, counted: what each tile, chunk and call adds."""
 
 import sys
 from pathlib import Path

@@ -181,7 +181,7 @@ def test_the_models_own_forward_is_back_afterwards():
 def test_a_head_that_is_not_as_its_config_tells_is_found_out():
     model = tiny("Llama")
     model.register_forward_hook(lambda *args: transformers.modeling_outputs.CausalLMOutput(logits=args[2].logits + 1))
-    with pytest.raises(ValueError, match="in a way its config does not tell"):
+    with pytest.raises(ValueError, match="in a way that its config does not describe"):
         check_head(model)
     assert LossLayer.of(model).level == "logits"
     with pytest.raises(ValueError):

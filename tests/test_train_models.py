@@ -130,7 +130,7 @@ def test_hidden_states_of_another_type_than_the_head_take_the_logits():
     config = Mamba2Config(**sizes, n_groups=1)
     model = AutoModelForCausalLM.from_config(config).bfloat16()
     assert LossLayer.of(model).level == "logits"
-    with pytest.raises(ValueError, match="the head level does not fit the model"):
+    with pytest.raises(ValueError, match="the loss cannot be computed from hidden states of this model"):
         LossLayer.of(model, "head")
 
 

@@ -207,7 +207,7 @@ def plan_of(args: argparse.Namespace, other: tuple[str, str] | None = None) -> "
     for level, implementations in chosen.items():
         if other is None:
             subjects[level] = [Subject(one) for one in implementations]
-        else:  # both in processes of their own, so that nothing but the commit differs
+        else:  # both in separate processes, so that only the commit differs
             ours = [one for one in implementations if one.is_ours]
             subjects[level] = [s for one in ours for s in (Subject(one, str(ROOT)), Subject(one, *other))]
     return Plan(

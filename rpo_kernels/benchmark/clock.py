@@ -1,4 +1,4 @@
-"""Time on a device, and memory given back to it."""
+"""Timing on a device, and release of its memory."""
 
 import gc
 import signal
@@ -66,7 +66,7 @@ class DeviceLost(Exception):
 
 
 def free_memory(device: str) -> None:
-    """Give unused memory back.
+    """Release unused memory.
 
     Raises:
         DeviceLost: if the GPU is not usable any more.

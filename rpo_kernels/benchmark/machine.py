@@ -1,4 +1,4 @@
-"""The machine that results come from."""
+"""Description of the machine that results come from."""
 
 import datetime
 import functools
@@ -24,7 +24,7 @@ _PACKAGES = (
     "quack-kernels",
 )
 _DRIVER_QUERY = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-# What multiplies on a CPU, the best first: its flag in /proc/cpuinfo ("bf16" and "asimd" are ARM's), and a name for it.
+# Vector units of a CPU, the best first: flag in /proc/cpuinfo ("bf16" and "asimd" are ARM's) and name.
 _UNITS = {
     "amx_bf16": "amx_bf16",
     "avx512_bf16": "avx512_bf16",
@@ -54,7 +54,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 @functools.cache
 def cpu_units() -> str:
-    """What the CPU multiplies with: "avx512_bf16" and the like."""
+    """The CPU's best vector units, such as "avx512_bf16"."""
     flags = (_cpu_field("flags") or _cpu_field("Features") or "").split()
     return next((name for flag, name in _UNITS.items() if flag in flags), platform.machine())
 
@@ -82,12 +82,12 @@ def versions_line(machine: dict[str, Any]) -> str:
 
 
 def same_setup(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether results of both machines may stand in one file."""
+    """Whether results of both machines may be in one file."""
     return not differences(a, b)
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What keeps results of the two from standing in one file, in words."""
+    """The differences, in words, that keep results of the two out of one file."""
     names = ("device", "units", "driver", "threads", "versions")
     return [f"{name} {a.get(name)!r}, now {b.get(name)!r}" for name in names if a.get(name) != b.get(name)]
 

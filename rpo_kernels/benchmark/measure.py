@@ -72,7 +72,7 @@ def run(plan: Plan, data: dict[str, Any], path: Path, report: Report) -> None:
 
 @contextmanager
 def _saved(data: dict[str, Any], path: Path) -> Iterator[None]:
-    """However the block ends, what was measured is on disk; what the user interrupts counts as not begun."""
+    """Saves the measurements however the block ends; one that the user interrupts counts as not begun."""
     try:
         yield
     except KeyboardInterrupt:
@@ -136,8 +136,8 @@ def _load(
 
 
 def _sample(samplers: dict[str, Callable[[], Sample]], entry: Entry, seconds: float, device: str) -> None:
-    """Time the implementations; one that fails is left out and the others start again. What an interruption leaves is
-    kept, for `--resume` to replace."""
+    """Time the implementations; if one fails, it is left out and the others are timed again. Samples of an interrupted
+    run are kept, for `--resume` to replace."""
     taken: dict[str, list[Sample]] = {}
     try:
         interleave(samplers, seconds, taken)

@@ -1,7 +1,7 @@
-"""How memory is measured: the peak of a training pass beyond its inputs.
+"""Measurement of memory: the peak of a training pass beyond its inputs.
 
 On a GPU it is the peak of torch's allocator. On a CPU it is that of the resident set, each implementation in a process
-of its own, so that none sees another's leftovers, a limit stops one that asks for too much, and a crash is a result.
+of its own, so that none is affected by another's memory, a limit applies to each, and a crash is recorded as a result.
 """
 
 import json
@@ -26,7 +26,7 @@ from .inputs import Inputs
 from .problem import Problem
 from .results import Result, failure
 
-# glibc keeps freed blocks below a threshold that grows as it runs, which would hide what is allocated a second time.
+# glibc keeps freed blocks below a growing threshold, which would hide later allocations from the resident set.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -98,7 +98,7 @@ def tree_environment(tree: str | None) -> dict[str, str]:
 
 
 def text_of(output: str | bytes | None) -> str:
-    """What a process that was stopped had written."""
+    """Output of a process that was stopped."""
     return output if isinstance(output, str) else (output or b"").decode(errors="replace")
 
 
@@ -147,7 +147,7 @@ def _measure(one: Implementation, problem: Problem, settings: PeakSettings) -> d
         _limit_memory(settings.limit, problem.device)
     inputs = Inputs.make(problem, Path(settings.states) if settings.states else None)
     input_bytes = {name: x.nbytes for name, x in inputs.named.items()}
-    run_step(run, inputs)  # compiles, and warms up what stays
+    run_step(run, inputs)  # compile and warm up
     meter = ResidentSet() if problem.device == "cpu" else _Allocator()
     run_step(run, inputs)
     result: dict[str, Any] = {"status": "ok", "reason": None, "peak_bytes": meter.peak(), "input_bytes": input_bytes}
@@ -165,7 +165,7 @@ def _limit_memory(limit: int, device: str) -> None:
     if device != "cpu":
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info()[1]))
     elif sys.platform == "linux":
-        torch.ones(2**20).sum()  # torch's threads take their memory first
+        torch.ones(2**20).sum()  # start torch's threads before the limit applies
         resource.setrlimit(resource.RLIMIT_DATA, (_proc_status("VmData") + limit, resource.RLIM_INFINITY))
 
 
@@ -174,7 +174,7 @@ class ResidentSet:
 
     def __init__(self) -> None:
         if sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         self._start = _proc_status("VmRSS")
 
     def peak(self) -> int:

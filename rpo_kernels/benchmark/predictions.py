@@ -1,4 +1,4 @@
-"""What the loss layer of a training step will take, by the planner's arithmetic, and what fits a card."""
+"""Predicted memory of the loss layer of a training step, by the planner, and the largest sizes that fit a card."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class Prediction(NamedTuple):
 
 
 def predict(problem: Problem, budget: int | str | None) -> Prediction:
-    """This package's head level within a memory budget, from the planner."""
+    """This package's loss from hidden states within a memory budget, from the planner."""
     from ..head.plan import memory_plan
 
     plan = memory_plan(
@@ -77,7 +77,7 @@ def _inputs(problem: Problem) -> tuple[int, int]:
     return problem.vocab * problem.hidden * problem.itemsize, problem.rows * problem.hidden * problem.itemsize
 
 
-# What fits a card --------------------------------------------------------------------------------------------------
+# Largest sizes that fit a card ---------------------------------------------------------------------------------------
 
 
 class Cards(NamedTuple):

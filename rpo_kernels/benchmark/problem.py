@@ -1,4 +1,4 @@
-"""What is measured: the cases, and the sizes of one problem. Imports nothing heavy."""
+"""The benchmark's cases, and the sizes of one problem. Imports neither torch nor other large packages."""
 
 from typing import TYPE_CHECKING, NamedTuple
 

@@ -1,4 +1,4 @@
-"""What the machine itself does in a moment: the yardsticks that are timed just before and just after each sample.
+"""Reference operations that are timed just before and just after each sample.
 
 `read` and `copy` stream as many bytes as the logits have, at most a quarter of a gigabyte on a CPU and a gigabyte on a
 GPU. `gemm` is one head GEMM, `[rows, H] x [H, V]`, in the dtype that is fastest: on a CPU bfloat16 where it has units

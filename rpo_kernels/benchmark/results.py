@@ -58,7 +58,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def resume(path: Path, kind: str, machine: dict[str, Any]) -> dict[str, Any]:
-    """Results to go on with, or new ones if there are none yet.
+    """The earlier results of a file to continue, or new ones if it does not exist.
 
     Raises:
         ValueError: if the file is damaged, or of another kind or setup.
@@ -94,14 +94,14 @@ def lacks_peak(result: Result | None) -> bool:
 
 
 def begin(entry: Entry, name: str) -> None:
-    """What stands if this process does not survive the measurement."""
+    """Set the result that remains if this process dies during the measurement."""
     so_far = entry["results"].get(name, {})
     stands = {"status": "interrupted", "reason": INTERRUPTED, "attempts": so_far.get("attempts", 0) + 1}
     entry["results"][name] = {**so_far, **stands}
 
 
 def forget_interruption(entry: Entry) -> None:
-    """Bring back what stood before `begin`."""
+    """Restore the result from before `begin`."""
     for name, result in list(entry["results"].items()):
         if result["status"] == "interrupted":
             if "peak_bytes" in result or "step_s" in result:

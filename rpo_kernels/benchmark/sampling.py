@@ -1,6 +1,6 @@
-"""How time is measured: one sample of each implementation in turn, each between two runs of the case's references.
+"""Measurement of time: one sample of each implementation in turn, each between two runs of the case's references.
 
-So a machine that slows down slows all of them, and each sample has its own yardstick. Medians are compared.
+A machine that slows down thus slows all of them, and each sample has references of its own. Medians are compared.
 """
 
 import time
@@ -57,7 +57,7 @@ class Sampler:
 
 @contextmanager
 def preserved(inputs: Inputs, inplace: bool) -> Iterator[None]:
-    """Give the logits their values back after an implementation that overwrites them."""
+    """Restore the logits after an implementation that overwrites them."""
     pristine = inputs.logits.detach().clone() if inplace else None
     try:
         yield

@@ -30,7 +30,7 @@ float64, and nats: of a response's log-probability; all by medians."""
 
 
 class Table(NamedTuple):
-    """Cells as text, the most telling columns first."""
+    """Cells as text, the most important columns first."""
 
     title: str
     header: list[str]
@@ -61,7 +61,7 @@ def tables_of(data: dict[str, Any]) -> list[Table]:
 
 
 def _bench_table(entry: Entry) -> Table:
-    """The fastest first; notes tell what is absent and why."""
+    """The fastest first; notes list the implementations without a result, with the reason."""
     problem = Problem(**entry["problem"])
     timed = {name: result for name, result in entry["results"].items() if was_timed(result)}
     costs = _cost_header(problem)
@@ -80,7 +80,7 @@ def _bench_table(entry: Entry) -> Table:
 
 
 def _filled(header: list[str], lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """The columns that hold anything."""
+    """The columns that are not empty."""
     kept = [i for i in range(len(header)) if not lines or any(line[i] for line in lines)]
     return [header[i] for i in kept], [[line[i] for i in kept] for line in lines]
 

@@ -24,7 +24,7 @@ from .results import Result
 from .sampling import Sample, Sampler, preserved
 from .truth import Truth, find_truth, verdict
 
-_START_SECONDS = 180  # an implementation that compiles longer than this is given up
+_START_SECONDS = 180  # limit of an implementation's compilation
 _TRUTH_FLOPS = {"cpu": 5e10}  # of the float64 check; on a GPU the whole problem is checked
 
 

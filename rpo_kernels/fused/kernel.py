@@ -1,8 +1,8 @@
 """Sequence sums, the RPO family's objective, its gradient and its metrics, in one launch of one Triton program.
 
 The program loops over blocks of sequences, stores their sums, and after a barrier loops over blocks of groups. One
-program is enough: it reads a dozen bytes a token where the logits pass read a whole row of the vocabulary. Every sum
-runs in a fixed order.
+program is enough: it reads a dozen bytes per token, the pass over the logits a whole row of the vocabulary. All sums
+have a fixed order.
 """
 
 import math
@@ -20,7 +20,7 @@ INTEGERS = ["num_sequences", "length", "num_groups", "size", "group_stride", "re
 
 
 class GroupLayout(Protocol):
-    """Where the responses of a group are, `[count, size]`: `sequences.Groups` is one.
+    """Indices of the responses of each group, `[count, size]`; `sequences.Groups` implements it.
 
     Response k of group g is sequence `g * group_stride + k * response_stride`, or `index[g, k]`, -1 for none.
     """
@@ -38,7 +38,7 @@ class GroupLayout(Protocol):
 
 
 class Family(Protocol):
-    """The constants of the objective: `objectives.RPO` is one, and says what they mean."""
+    """The constants of the objective; `objectives.RPO` implements it and documents them."""
 
     @property
     def distance(self) -> str: ...
@@ -273,7 +273,7 @@ def _sum_tokens(
 
 @triton.jit
 def _comparable(reward):
-    """Rewards in a type that tells any two of them apart and holds infinity."""
+    """Rewards in a dtype that represents them exactly and has an infinity."""
     if reward.dtype == tl.float64 or reward.dtype.is_int():
         return reward.to(tl.float64)
     return reward.to(tl.float32)
@@ -282,11 +282,11 @@ def _comparable(reward):
 @triton.jit
 def _objective(a, reward, present, eta, gamma, target_margin, DISTANCE: tl.constexpr, TARGET: tl.constexpr):
     """Losses `[GROUPS]` and their gradient in `a` `[GROUPS, RESPONSES]`; 0 for groups of one response or none."""
-    # A reward that is not finite must not pass unseen: x - x is NaN for it and 0 for any other.
+    # A reward that is not finite makes the loss NaN: x - x is NaN for it and 0 for any other.
     unsound = tl.sum(tl.where(present, reward - reward, 0.0), axis=1).to(tl.float32)
     top = tl.max(tl.where(present, reward, float("-inf")), axis=1)[:, None]
     best = present & (reward == top)
-    # Only differences within a group count: they fit float32 where rewards do not.
+    # Only differences within a group matter: they are accurate in float32 even if the rewards are not.
     reward = tl.where(present, reward - top, 0.0).to(tl.float32)
     a -= tl.where(best, gamma, 0.0)
     if TARGET == "rewards":

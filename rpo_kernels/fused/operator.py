@@ -125,7 +125,7 @@ def _grad(
     *,
     structure: list[int],
 ) -> Tensor:
-    """Each sum's gradient, spread over its tokens. Positions that are not scored get it too, and ignore it:
+    """Each sum's gradient, spread over its tokens. Positions that are not scored get it too, without effect:
     their log-probability is the constant 0, and the row kernels skip them."""
     segments, groups = _structure(cu_seqlens, index, structure)
     factor = grad_loss

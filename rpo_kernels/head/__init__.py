@@ -1,4 +1,4 @@
-"""The LM head: log-probabilities from hidden states without ever holding the logits."""
+"""The LM head: log-probabilities from hidden states without materialising the logits."""
 
 from .operator import linear_token_logprobs
 from .plan import MemoryPlan, memory_plan

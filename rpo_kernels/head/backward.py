@@ -1,7 +1,7 @@
-"""Backward walk: the gradients of the hidden states, the weight and the bias from what forward saved; docs/head.md.
+"""Backward over tiles of logits: gradients of hidden states, weight and bias from the saved tensors; docs/head.md.
 
-Of a kept tile, `dW = (s P)^T (-c hidden)`: the scale s and the loss's factor c of a row go on the hidden states. Of
-other tiles U = dlogp/dlogit is computed again, of all columns or of those that the filter left in, and
+For a saved tile, `dW = (s P)^T (-c hidden)`: the scale s and the loss's factor c of a row multiply the hidden states.
+For other tiles U = dlogp/dlogit is recomputed, for all columns or those that the filter marked, and
 `dW = U^T (c hidden)`.
 """
 
@@ -42,8 +42,8 @@ def backward(
 
 
 class _Loss(NamedTuple):
-    """How the loss depends on the rows: `factor` times what `logp` and `entropy` say, so that half-precision U keeps
-    its accuracy whatever the loss's scale."""
+    """Gradients of the loss by row, as `factor` times normalised ones: the accuracy of half-precision U then does not
+    depend on the loss's scale."""
 
     factor: Tensor  # [N], of a row of U
     logp: Tensor  # [N]: dL/dlogp / factor
@@ -67,7 +67,7 @@ class _Loss(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A part of U, `[n, v]`, but for a factor of each row."""
+    """A part of U, `[n, v]`, up to a factor of each row."""
 
     unit: Tensor
     rows: slice
@@ -77,8 +77,7 @@ class _Piece(NamedTuple):
 
 
 class _Walk:
-    """The tiles one after another, and of each the rows: all at once where its P is read as it was kept, else chunk by
-    chunk."""
+    """Computes all tiles in turn: all rows of a tile at once if its P was saved, else chunk by chunk."""
 
     def __init__(self, head: Head, saved: Saved, labels: Tensor, loss: _Loss, needs: Needs):
         self.head, self.loss = head, loss
@@ -155,7 +154,7 @@ class _ScaledRows:
         self.factor: Tensor | None = None  # of which `out` is full
 
     def take(self, rows: slice, factor: Tensor) -> Tensor:
-        """`factor * hidden` of some rows, given the factors `[N]` of all; what is at hand is not computed again."""
+        """`factor * hidden` of some rows, given the factors `[N]` of all; reused while they are the same tensor."""
         if len(self.out) < len(self.hidden):
             out = self.out[: rows.stop - rows.start]
             self.head.softmax.scale_rows(self.hidden[rows], factor[rows], None, out)
@@ -167,17 +166,17 @@ class _ScaledRows:
 
 
 class _Active:
-    """The filter's columns, each chunk's numbered one after another, and the labels by those numbers."""
+    """The columns that the filter marked, numbered chunk by chunk, and the number of each label."""
 
     def __init__(self, active: Tensor, schedule: Schedule, labels: Tensor):
         self.schedule, self.labels, vocab = schedule, labels, schedule.vocab
-        self.columns = active.nonzero().squeeze(1)  # the host waits for the device here,
+        self.columns = active.nonzero().squeeze(1)  # synchronises here,
         edges = [chunk * vocab + tile.start for chunk in range(len(schedule.chunks)) for tile in schedule.tiles]
         edges.append(len(active))
         self.bounds = torch.searchsorted(
             self.columns, torch.tensor(edges, dtype=torch.int64, device=labels.device)
         ).tolist()  # and here
-        # A label's column is active, so that this is its number; a label out of range gets none.
+        # A label's column is always marked, so that this is its number; a label out of range gets -1.
         column = labels.clamp(0, vocab - 1)
         chunk_of_row = torch.arange(len(labels), device=labels.device) // schedule.chunk
         numbers = torch.searchsorted(self.columns, chunk_of_row * vocab + column)
@@ -194,7 +193,7 @@ class _Active:
 
 
 class TileSum:
-    """The gradient's tile at hand, summed exactly and rounded once."""
+    """The gradient of one tile, summed exactly and rounded once."""
 
     def __init__(self, gradient: Tensor, head: Head):
         self.gradient, self.exact_dtype, self.operand_dtype = gradient, head.exact_dtype, head.operand_dtype

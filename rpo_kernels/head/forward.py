@@ -1,9 +1,10 @@
-"""Forward walk over tiles of logits `[chunk of rows, tile of columns]`; docs/head.md derives it.
+"""Forward over tiles of logits `[chunk of rows, tile of columns]`; derived in docs/head.md.
 
-The vocabulary is walked once with a running softmax (arXiv 1805.02867, 2205.14135). A tile's P = exp(z - r), relative
-to a reference r of its row and without the label's column, gives its share of `P W` at once, so that logits exist one
-tile at a time; the label's part, `(1 - p) W[label]`, is added at the end of a chunk, without cancellation. What is kept
-for the weight's gradient is P. With a filter nothing is kept: forward marks the columns that backward computes again.
+The tiles of a chunk of rows are computed in turn with an online softmax (arXiv 1805.02867, 2205.14135). A tile's
+P = exp(z - r), relative to a reference r of its row and without the label's column, is multiplied by W at once, so that
+one tile of logits is materialised at a time; the label's term, `(1 - p) W[label]`, is added at the end of a chunk,
+without cancellation. P of some tiles is saved for the weight's gradient. With a filter P is not saved: forward marks
+the columns that backward recomputes.
 """
 
 import torch
@@ -18,7 +19,7 @@ from .tiles import Head, Scratch
 
 
 def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
-    """Log-probabilities of the scored rows, the gradient mass that the filter leaves out, and what to save."""
+    """Results of the scored rows, the gradient mass that the filter leaves out, and the tensors to save."""
     count, (vocab, width) = len(rows.positions), head.weight.shape
     kept_tiles = plan.kept_tiles if needs.weight and not needs.deferred else 0
     schedule = Schedule(count, vocab, plan.chunk_rows, plan.tile_columns, kept_tiles)
@@ -51,7 +52,7 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
 
 
 class _Chunk:
-    """One chunk of rows on its walk over the vocabulary."""
+    """The running softmax and gradient of one chunk of rows."""
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class _Chunk:
         self.stats.label_logit.fill_(-torch.inf)
 
     def differentiate(self, kept: KeptTiles, scales: Tensor, sums: Tensor | None) -> None:
-        """Walk all tiles: keep the first ones' P, and sum P W if asked; statistics alone where neither needs P."""
+        """Compute all tiles: save P of the first ones, sum P W into `sums` if given; else only statistics."""
         head, options = self.head, self.head.row_options
         kept = kept.of_rows(self.span)
         references = self.hidden.new_empty(len(self.labels), dtype=head.exact_dtype)
@@ -105,7 +106,7 @@ class _Chunk:
             head.softmax.finish(self.stats, self.labels, options, of_rows, sums, head.weight, kept)
 
     def mark(self, active: Tensor, threshold: float, dropped: Tensor) -> None:
-        """Walk all tiles and mark the columns in which some row's gradient may exceed the threshold."""
+        """Compute all tiles and mark the columns in which some row's gradient may exceed the threshold."""
         head, options = self.head, self.head.row_options
         label_logits = head.label_logits(self.hidden, self.labels)
         self.stats.max[0] = label_logits
@@ -119,7 +120,7 @@ class _Chunk:
         dropped.div_(self.stats.sumexp[0])
 
     def output(self, name: str) -> Tensor:
-        """One of the outputs asked for, `[n]`, after the last tile."""
+        """One of the outputs, `[n]`, after the last tile."""
         assert self.watched is not None
         return self.watched.output(name, self.schedule.vocab)[0]
 

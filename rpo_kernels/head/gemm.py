@@ -1,4 +1,4 @@
-"""Matrix products as the head level needs them: half-precision operands, float32 results where the device has those."""
+"""Matrix products of the LM head: half-precision operands, with float32 results where the device supports them."""
 
 import contextlib
 import functools
@@ -47,7 +47,7 @@ def results_in_float32(device_type: str, dtype: torch.dtype) -> bool:
 
 
 def describe(device_type: str) -> str:
-    """What products of half-precision operands give on this device, in words."""
+    """The dtype of results of half-precision products on this device, in words."""
     rounded = [str(x)[6:] for x in (torch.bfloat16, torch.float16) if not results_in_float32(device_type, x)]
     if not rounded:
         return "float32 results of half-precision operands"

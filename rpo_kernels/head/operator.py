@@ -1,4 +1,4 @@
-"""Head level: log-probabilities from hidden states and the LM head's weight, as a differentiable torch operator."""
+"""Log-probabilities from hidden states and the LM head's weight, as a differentiable torch operator."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -43,7 +43,7 @@ def linear_token_logprobs(
     entropy_grad: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """`token_logprobs(hidden @ weight.T + bias, labels, ...)` without ever holding the logits.
+    """`token_logprobs(hidden @ weight.T + bias, labels, ...)` without materialising the logits.
 
     Positions that are not scored cost nothing. Half-precision operands are multiplied into float32 logits where the
     device can, and gradients are summed in float32 and rounded once. Under autocast, operands are cast as a linear
@@ -59,22 +59,21 @@ def linear_token_logprobs(
         temperature, softcap, logit_scale, ignore_index, shift, backend: as in `token_logprobs`.
         memory_budget: what forward and backward may use beyond inputs, result and gradients: bytes, `"512MB"`, or None
             for a quarter of the device's free memory. See `memory_plan`: less memory costs up to one more head GEMM.
-            Which parts are kept decides over the last bits of the weight's gradient; a budget given makes them
-            reproducible whatever else is in memory.
+            The last bits of the weight's gradient depend on which tiles are saved; a fixed budget makes them
+            reproducible whatever memory is free.
         gradient_filter: leave columns of the vocabulary out of the gradients of a chunk of rows if
             `|dlogp / dlogit|` is at most this in all its rows, for example `2**-16`; None is exact, `"auto"` is 2^-20
-            for half precision and None else. Values are exact either way. Nothing but one byte a column and chunk
-            then waits for backward, which computes the columns that count again; on an accelerator it makes the host
-            wait twice.
-        outputs: names of what else to return, any of `"entropy"`, `"mean_logit"`, `"is_top1"`, `"log_sum_sq_probs"`
+            for half precision, else None. Values are exact in any case. Only one byte per column and chunk is then
+            saved for backward, which recomputes the remaining columns; on an accelerator it synchronises twice.
+        outputs: names of further results, any of `"entropy"`, `"mean_logit"`, `"is_top1"`, `"log_sum_sq_probs"`
             and `"dropped"`, from the same logits.
-        entropy_grad: whether the entropy may be differentiated. It takes one head GEMM more than without (none with a
-            filter) and keeps nothing for backward; an entropy that is only logged is had for nothing with False.
+        entropy_grad: whether the entropy may be differentiated. Its gradient costs one more head GEMM (none with a
+            filter), and nothing is saved for backward; with False the entropy costs no head GEMM.
 
     Returns:
         Natural log-probabilities of the labels' shape, float32 (float64 for float64 inputs); 0 where not scored.
         Differentiable once in hidden, weight and bias. With `outputs`, a `TokenOutputs` that holds them as `logps`
-        beside what was asked for. Its `dropped` is, for each position, at least the sum of `|dlogp / dlogit|` over the
+        beside the outputs. Its `dropped` is, for each position, at least the sum of `|dlogp / dlogit|` over the
         columns left out (the softmax's mass on them, without a transform), so that the error in the position's hidden
         gradient is at most this, times its `|dL/dlogp|`, times the largest norm of a row of the weight.
 
@@ -312,7 +311,7 @@ def _setup_context(
     ctx.options = {name: value for name, value in keyword_only_inputs.items() if name not in not_read}
     has_entropy = ctx.options["entropy_grad"] and "entropy" in ctx.options["outputs"]
     ctx.mark_non_differentiable(dropped, others, *saved, *(() if has_entropy else (entropy,)))
-    ctx.set_materialize_grads(False)  # no zeros the size of what is kept
+    ctx.set_materialize_grads(False)  # no zeros of the saved tensors' size
     ctx.save_for_backward(*inputs, *saved)
 
 

@@ -1,4 +1,4 @@
-"""Which rows are scored, how rows and columns are cut, and what forward leaves for backward."""
+"""The scored rows, the chunks and tiles, and the tensors saved for backward."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Rows(NamedTuple):
 
 
 def find_rows(labels: Tensor, options: TokenOptions) -> Rows:
-    """Scored rows of labels `[B, T]`. The one place where forward makes the host wait for the device."""
+    """Scored rows of labels `[B, T]`. The only synchronisation in forward."""
     scored = labels != options.ignore_index
     if options.shift:
         scored[:, :1] = False
@@ -25,24 +25,24 @@ def find_rows(labels: Tensor, options: TokenOptions) -> Rows:
 
 
 class Needs(NamedTuple):
-    """What a call is to give beside the log-probabilities."""
+    """The gradients and outputs that a call must compute beside the log-probabilities."""
 
     hidden: bool  # gradients
     weight: bool
-    bias: bool = False  # forward keeps for the bias what it keeps for the weight
+    bias: bool = False  # forward saves the same for the bias as for the weight
     threshold: float | None = None  # of the gradient filter; None is exact
     outputs: tuple[str, ...] = ()  # of `kernels.interface.OUTPUT_FIELDS`
     entropy: bool = False  # whether the entropy may have a gradient
 
     @property
     def filtered(self) -> bool:
-        """Whether backward computes some columns only, and all that it needs of them."""
+        """Whether a filter is in use and backward recomputes the marked columns only."""
         return self.threshold is not None and (self.hidden or self.weight or self.bias)
 
     @property
     def deferred(self) -> bool:
-        """Whether forward keeps no gradient, and backward computes all logits that it needs again: for a filter, and
-        for the entropy, whose gradient differs from the log-probability's by more than a factor of each row."""
+        """Whether forward saves no gradient and backward recomputes the logits: with a filter, and for the entropy,
+        whose gradient differs from the log-probability's by more than a factor of each row."""
         return self.filtered or (self.entropy and (self.hidden or self.weight or self.bias))
 
 
@@ -67,7 +67,7 @@ class Schedule:
 
 
 class Saved(NamedTuple):
-    """What forward leaves for backward, as outputs of the operator; a walk may leave any of them empty."""
+    """Tensors that forward saves for backward, as results of the operator; any of them may be empty."""
 
     positions: Tensor  # [N] int64
     stats: Tensor  # [4, N]: logp, a reference r, sum of exp(z - r), label's logit; then entropy, if differentiable
@@ -79,7 +79,7 @@ class Saved(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What forward gives: results of the scored rows, and what backward reads."""
+    """Results of forward: of the scored rows, and the tensors saved for backward."""
 
     logps: Tensor  # [N]
     dropped: Tensor  # [N]: a bound of the gradient mass that the filter leaves out

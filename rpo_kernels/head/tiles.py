@@ -1,4 +1,4 @@
-"""The head as given, and memory for one tile of logits."""
+"""The inputs of the head's operators, and memory for one tile of logits."""
 
 import functools
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from . import gemm
 from .plan import operand_dtype
 from .schedule import Rows, Schedule
 
-# Stands for no label: rows at hand are scored, whatever number was given to mark those that are not.
+# No label has this value: the rows of a chunk are all scored, whatever the caller's ignore_index.
 _NO_LABEL = -(2**31)
 
 
 @dataclass(frozen=True)
 class Head:
-    """The head as given: hidden states `[M, H]`, weight `[V, H]`, bias `[V]`, and how its logits are read."""
+    """The operator's inputs: hidden states `[M, H]`, weight `[V, H]`, bias `[V]` and the options of its logits."""
 
     hidden: Tensor
     weight: Tensor
@@ -29,7 +29,7 @@ class Head:
 
     @functools.cached_property
     def operand_dtype(self) -> torch.dtype:
-        """As GEMMs read their operands."""
+        """Dtype of the GEMMs' operands."""
         return operand_dtype(self.weight.dtype, self.weight.device)
 
     @property
@@ -40,7 +40,7 @@ class Head:
 
     @functools.cached_property
     def exact_dtype(self) -> torch.dtype:
-        """Of statistics and accumulated gradients."""
+        """Dtype of statistics and accumulated gradients."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     @functools.cached_property
@@ -64,12 +64,12 @@ class Head:
 
     @functools.cached_property
     def softmax(self) -> TileSoftmax:
-        """The kernels that continue a softmax over tiles of logits."""
+        """The kernels of the softmax over tiles of logits."""
         return dispatch.tile_softmax(self.kernels, self.backend_name)
 
     @functools.cached_property
     def row_options(self) -> TokenOptions:
-        """How tiles of scored rows are read."""
+        """Options for tiles of scored rows."""
         return self.options._replace(shift=False, ignore_index=_NO_LABEL)
 
     def gather(self, positions: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Where the package meets other people's models and trainers, one file for each."""
+"""Integrations into models and trainers of other libraries, one file each."""

@@ -1,4 +1,4 @@
-"""Functions of a trainer exchanged for this package's, with their signatures checked first and a way back."""
+"""Replacement of a trainer's functions by this package's: their signatures are checked first, and it can be undone."""
 
 import importlib
 import inspect
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 
 class Replacement(NamedTuple):
-    """One function to exchange."""
+    """One function to replace."""
 
     module: str
     name: str  # in the module, or `Class.method`
-    parameters: tuple[str, ...]  # of the function that is known
+    parameters: tuple[str, ...]  # expected of the function
     function: Callable[..., Any]
 
 
@@ -32,7 +32,7 @@ class Patch:
     def __init__(self, package: str, replacements: Sequence[Replacement]):
         self.package = package
         earlier = self.active(package)
-        if earlier is not None:  # its settings may have been others: the last call counts
+        if earlier is not None:  # the settings of the last call apply
             earlier.undo()
         found = [_find(package, replacement) for replacement in replacements]
         self._bound: list[tuple[Any, str, Any, Any]] = []
@@ -46,7 +46,7 @@ class Patch:
         return cls._active.get(package)
 
     def undo(self) -> None:
-        """Put the package's own functions back; calling it again changes nothing."""
+        """Restore the package's own functions; calling it again changes nothing."""
         for owner, name, own, ours in self._bound:
             if vars(owner).get(name) is ours:
                 setattr(owner, name, own)

@@ -1,4 +1,4 @@
-"""axolotl: a plugin that lets TRL's trainers under it compute with this package. In the configuration:
+"""axolotl: a plugin that patches the TRL trainers it uses. In the configuration:
 
 plugins:
   - rpo_kernels.integrations.axolotl.RPOKernelsPlugin
@@ -44,7 +44,7 @@ class RPOKernelsPlugin(BasePlugin):
             self._functions = {name: getattr(sys.modules[_UTILS], name) for name in _FUNCTIONS}
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Put this package's functions in the place of axolotl's own replacements, which it has made by now."""
+        """Replace axolotl's own replacements of the same functions, which exist by now."""
         for name, ours in self._functions.items():
             theirs = getattr(sys.modules[_UTILS], name)
             for module in [m for key, m in list(sys.modules.items()) if key == "trl" or key.startswith("trl.")]:

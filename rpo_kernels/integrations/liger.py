@@ -3,7 +3,7 @@
     from rpo_kernels.integrations.liger import LigerFusedLinearDPOLoss      # was: from liger_kernel.chunked_loss
 
 Classes, arguments, loss types and results are Liger's; only the log-probabilities are computed by
-`linear_token_logprobs`. `compiled` and `chunk_size` are accepted and not needed: `memory_budget` takes their place.
+`linear_token_logprobs`. `compiled` and `chunk_size` are accepted and ignored; `memory_budget` replaces them.
 """
 
 import inspect

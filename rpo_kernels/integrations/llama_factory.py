@@ -15,11 +15,11 @@ def patch(inplace_backward: bool = True) -> Patch:
     """Replace `get_batch_logps` wherever LLaMA-Factory has imported it.
 
     Args:
-        inplace_backward: the gradient takes the place of the logits, which LLaMA-Factory has copied to float32. Where a
-            model reads them in backward, autograd raises, and False is needed.
+        inplace_backward: the gradient overwrites the logits, which LLaMA-Factory has copied to float32. If a model
+            reads them in backward, autograd raises an error; then set False.
 
     Returns:
-        A handle: `undo()`, or leaving it as a context manager, puts LLaMA-Factory's own function back.
+        A handle: `undo()`, or leaving it as a context manager, restores LLaMA-Factory's own function.
 
     Raises:
         ImportError: if LLaMA-Factory is not installed.

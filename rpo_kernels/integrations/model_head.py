@@ -1,4 +1,4 @@
-"""transformers models at the head level: the backbone's hidden states, and how the model makes logits of them."""
+"""LM heads of transformers models: the backbone, and the parameters that turn its hidden states into logits."""
 
 import math
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class ModelHead(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Everything that `linear_token_logprobs` and `linear_rpo_loss` must know of a head, by their names."""
+        """Keyword arguments of `linear_token_logprobs` and `linear_rpo_loss` that describe the head."""
         return dict(weight=self.weight, bias=self.bias, logit_scale=self.logit_scale, softcap=self.softcap)
 
 
@@ -30,9 +30,9 @@ def find_head(model: nn.Module) -> ModelHead:
         logps = linear_token_logprobs(hidden, labels=labels, shift=True, **head.arguments)
 
     Softcap (Gemma 2, 3) and logit scale (Cohere, Falcon-H1, Granite, MiniCPM3, HyperCLOVA X, Muse) come from the
-    model's config. Whether the config tells all is for `check_head` to find out.
+    model's config. `check_head` tests whether these suffice.
 
-    Of a PEFT model, the head is what its active adapter makes of it, so call this once a forward: the trained copy if
+    With a PEFT model, the head depends on the active adapter, so call this once per forward: the trained copy if
     the head is one of `modules_to_save`, the original with adapters switched off, and the weight plus the adapter's
     product where LoRA adapts the head in float32. The weight of a head that is not trained requires no gradient, which
     saves a third of the work.
@@ -60,10 +60,10 @@ def find_head(model: nn.Module) -> ModelHead:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Hold `find_head` against the model's own logits for three tokens.
+    """Compare `find_head` with the model's own logits for three tokens.
 
     Raises:
-        ValueError: if the model makes its logits in another way, or `find_head` raises.
+        ValueError: if the model computes its logits differently, or `find_head` raises.
     """
     head = find_head(model)
     training = model.training
@@ -79,12 +79,13 @@ def check_head(model: nn.Module) -> None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     if logits.shape != expected.shape or (logits - expected).norm() > 0.02 * expected.norm():
         raise ValueError(
-            f"{type(model).__name__} makes its logits in a way its config does not tell: use the logits instead"
+            f"{type(model).__name__} computes its logits in a way that its config does not describe: "
+            "use the logits instead"
         )
 
 
 def _transform(config: Any) -> tuple[float, float | None]:
-    """Logit scale and softcap that a text config tells."""
+    """Logit scale and softcap from a text config."""
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
         value = getattr(config, name, None)

@@ -19,10 +19,10 @@ _MODULES = ("swift.rlhf_trainers.rlhf_mixin", "swift.trainers.rlhf_trainer.rlhf_
 
 
 def patch() -> Patch:
-    """Replace `RLHFTrainerMixin.get_per_token_logps`; with sequence parallelism ms-swift's own serves.
+    """Replace `RLHFTrainerMixin.get_per_token_logps`; with sequence parallelism ms-swift's own is called.
 
     Returns:
-        A handle: `undo()`, or leaving it as a context manager, puts ms-swift's own method back.
+        A handle: `undo()`, or leaving it as a context manager, restores ms-swift's own method.
 
     Raises:
         ImportError: if ms-swift is not installed.

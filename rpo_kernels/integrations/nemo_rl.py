@@ -1,4 +1,4 @@
-"""NeMo-RL: `RPOLossFn`, the loss of its preference trainer with rewards, and the rewards' way into its batches.
+"""NeMo-RL: `RPOLossFn`, a loss for its preference trainer, and the rewards in its batches.
 
 In a copy of NeMo-RL's `examples/run_dpo.py`, with two lines before `main()` and one in it:
 
@@ -32,7 +32,7 @@ class RPOLossFn:
 
     A batch is NeMo-RL's: responses interleaved (chosen, rejected, chosen, ...), `token_mask` `[B, S]`,
     `reference_policy_logprobs` `[B, S]` rolled to the left, `sample_mask` `[B]`; and `rewards` `[B]`. Without these,
-    objectives that only ask which response is best (DPO, IPO, SimPO) take the first of each group as such. The result
+    objectives that only use which response is best (DPO, IPO, SimPO) take the first of each group as such. The result
     is summed over the valid groups and divided by `global_valid_seqs / num_responses`, as NeMo-RL's own losses are.
 
     Args:
@@ -79,7 +79,7 @@ class RPOLossFn:
         )
 
         def mean(per_group: Tensor, of: Tensor) -> Tensor:
-            # What is masked out may be anything.
+            # Masked positions may hold any value.
             return torch.where(of > 0, per_group * of, 0).sum() / (global_valid_seqs / size)
 
         valid = mask[::size]
@@ -126,7 +126,7 @@ def carry_rewards() -> Patch:
     Replaces `preference_preprocessor` and `preference_collate_fn`. Call it before `setup_preference_data` and `setup`.
 
     Returns:
-        A handle: `undo()`, or leaving it as a context manager, puts NeMo-RL's own functions back.
+        A handle: `undo()`, or leaving it as a context manager, restores NeMo-RL's own functions.
 
     Raises:
         RuntimeError: if this version's functions have other parameters than those known here.

@@ -16,7 +16,7 @@ def patch() -> Patch:
     """Replace `log_probs_from_logits` and `compute_entropy` for every model of this process.
 
     Returns:
-        A handle: `undo()`, or leaving it as a context manager, puts OpenRLHF's own functions back.
+        A handle: `undo()`, or leaving it as a context manager, restores OpenRLHF's own functions.
 
     Raises:
         ImportError: if OpenRLHF is not installed.

@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise ImportError("rpo_kernels.integrations.transformers needs transformers: pip install transformers") from error
 
-# What a collator may give beside the model's inputs.
+# Entries of a batch beside the model's inputs.
 _PREFERENCE = ("labels", "rewards", "ref_logps", "group_sizes")
 
 
@@ -41,19 +41,19 @@ class PreferenceOutput(ModelOutput):
 class PreferenceLoss:
     """A preference loss for transformers' `Trainer`, computed inside the model's forward.
 
-    The model then takes one more argument, in which `collate` puts what the loss needs; without it, as in `generate`,
-    it is the same as before. Wrap a model (PEFT, DDP) after this, and set `remove_unused_columns=False`.
+    The model's forward gets one more argument, through which `collate` passes the loss's inputs; without it, as in
+    `generate`, it is unchanged. Wrap a model (PEFT, DDP) after this, and set `remove_unused_columns=False`.
 
     The loss is the mean over all groups of an optimizer step, however they are split into micro-batches and
     processes: what `Trainer` calls items are groups here.
 
     Args:
-        model: a causal language model; a PEFT model is served too.
+        model: a causal language model; PEFT models too.
         objective: `RPO(...)`, a preset or any callable that `linear_rpo_loss` takes.
         memory_budget, gradient_filter: as in `linear_token_logprobs`.
 
     Raises:
-        ValueError: if the model has no head that `find_head` knows.
+        ValueError: if `find_head` does not support the model's head.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class PreferenceLoss:
         def forward(_: nn.Module, *args: Any, preference: Mapping | None = None, **kwargs: Any) -> Any:
             if preference is None:
                 return own(*args, **kwargs)
-            kwargs.pop("shift_labels", None)  # says only how many groups there are
+            kwargs.pop("shift_labels", None)  # its size is the number of groups
             return self._from_hidden_states(model, preference, **kwargs)
 
         base.forward = types.MethodType(forward, base)  # type: ignore[method-assign]

@@ -3,7 +3,7 @@
     actor_rollout_ref.model.external_lib=rpo_kernels.integrations.verl
 
 or in the environment, `VERL_USE_EXTERNAL_MODULES=rpo_kernels.integrations.verl`: verl imports it in every worker, which
-is enough. With `use_fused_kernels` and `impl_backend: torch` the logits are never held.
+is enough. With `use_fused_kernels` and `impl_backend: torch` the logits are not materialised.
 """
 
 import sys
@@ -26,7 +26,7 @@ def patch(memory_budget: int | str | None = None, gradient_filter: float | None 
         memory_budget, gradient_filter: as in `linear_token_logprobs`, for the former.
 
     Returns:
-        A handle: `undo()`, or leaving it as a context manager, puts verl's own functions back.
+        A handle: `undo()`, or leaving it as a context manager, restores verl's own functions.
 
     Raises:
         ImportError: if verl is not installed.

@@ -1,1 +1,1 @@
-"""The token level: kernels over rows of logits, one contract with several backends."""
+"""The token level: kernels over rows of logits, one interface with several backends."""

@@ -1,4 +1,4 @@
-"""Which implementation of the token level serves a tensor: chosen by device, or by name."""
+"""Choice of the backend for a tensor, by device or by name."""
 
 import functools
 import importlib
@@ -46,14 +46,14 @@ def rows(logits: Tensor, backend: str | None) -> Backend:
 
 
 def tile_softmax(kernels: Backend, name: str) -> TileSoftmax:
-    """What continues a softmax over tiles of logits: fused kernels, or a backend's row kernels one after another."""
+    """The softmax over tiles of logits: fused kernels, or the backend's row kernels in sequence."""
     if name == "triton":
         return importlib.import_module(".triton.softmax", __package__).FusedTileSoftmax(kernels)
     return TileSoftmax(kernels)
 
 
 def fuses_objective(logps: Tensor, backend: str | None) -> bool:
-    """Whether one kernel takes these log-probabilities to the RPO loss: pays where each small launch counts."""
+    """Whether one fused kernel computes the RPO loss of these log-probabilities, which saves launches on a GPU."""
     return logps.dtype == torch.float32 and (backend == "triton" or (backend is None and HAS_TRITON and logps.is_cuda))
 
 
@@ -103,7 +103,7 @@ def backend_info() -> dict[str, dict[str, Any]]:
         reason, version = unavailable_reason(name, device, torch.float32), None
         try:
             version = _versions(name) if reason is None else None
-        except ValueError as error:  # RPO_KERNELS_NATIVE_LEVEL names a level that does not run here
+        except ValueError as error:  # RPO_KERNELS_NATIVE_LEVEL names a vector level that is not available
             reason = str(error)
         info[name] = {"available": reason is None, "device": _device_name(device), "reason": reason, "version": version}
     return info

@@ -1,7 +1,7 @@
-"""What a backend of the token level provides, and the small types it speaks in.
+"""The interface of a backend of the token level, and its types.
 
-A backend is a module with the two functions of `Backend`. `reference` states them in plain torch; `triton` and `native`
-are tested against it.
+A backend is a module with the two functions of `Backend`. `reference` implements them in plain torch; `triton` and
+`native` are tested against it.
 """
 
 from typing import NamedTuple, Protocol
@@ -15,7 +15,7 @@ from .._checks import check_integer, check_positive
 class TokenOptions(NamedTuple):
     """How logits become log-probabilities: `z = softcap * tanh(logit_scale * x / softcap) / temperature`.
 
-    `shift=True` says that labels stand beside the input ids, so logits at `t - 1` predict `labels[:, t]`.
+    With `shift=True` labels align with the input ids: logits at `t - 1` predict `labels[:, t]`.
     Positions whose label is `ignore_index` are not scored.
     """
 
@@ -35,9 +35,9 @@ class TokenOptions(NamedTuple):
 
 
 class ActiveColumns(NamedTuple):
-    """For `row_grad` to fill as it passes: which columns of a tile hold a gradient that counts."""
+    """Output of `row_grad`: the columns of a tile whose gradient exceeds a threshold."""
 
-    mask: Tensor  # [v] uint8; set to 1 where |gradient| > threshold or NaN in any scored row, else left as it is
+    mask: Tensor  # [v] uint8; set to 1 where |gradient| > threshold or NaN in any scored row, else unchanged
     threshold: float
 
 
@@ -82,13 +82,13 @@ def row_length(columns: int) -> int:
 
 
 class EntropyGrad(NamedTuple):
-    """For `row_grad` to add the entropy's gradient, `-p (log p + entropy)`, in the same pass."""
+    """The entropy's gradient, `-p (log p + entropy)`, for `row_grad` to add in the same pass."""
 
     entropy: Tensor  # [B, T], of the whole rows
     factor: Tensor  # [B, T]: dL/dentropy, any strides
 
 
-# What a row can tell beside the log-probability, and the field of `RowStats` that it takes.
+# The outputs beside the log-probability, and the field of `RowStats` that each is computed from.
 OUTPUT_FIELDS = {
     "entropy": "sum_exp_z",
     "mean_logit": "sum_z",
@@ -108,7 +108,7 @@ class RowStats(NamedTuple):
     max: Tensor  # max_v z_v
     sumexp: Tensor  # sum_v exp(z_v - max)
     label_logit: Tensor  # z[label], -inf while that column has not been seen (a label outside [0, V): never)
-    # None, unless an output takes it:
+    # None, unless an output needs it:
     sum_exp_z: Tensor | None = None  # sum_v exp(z_v - max) (z_v - max)
     sum_z: Tensor | None = None  # sum_v z_v
     max_before_label: Tensor | None = None  # max_{v < label} z_v, -inf if there is none
@@ -116,14 +116,14 @@ class RowStats(NamedTuple):
 
     @classmethod
     def empty(cls, labels: Tensor, outputs: tuple[str, ...]) -> "RowStats":
-        """Memory for float32 statistics of these labels, with what the outputs take."""
+        """Uninitialised float32 statistics of these labels, with the fields that the outputs need."""
         first = torch.empty_like(labels, dtype=torch.float32, memory_format=torch.contiguous_format)
         extra = {OUTPUT_FIELDS[name]: torch.empty_like(first) for name in outputs}
         return cls(first, torch.empty_like(first), torch.empty_like(first), torch.empty_like(first), **extra)
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs that the fields at hand give."""
+        """Names of the outputs that can be computed from the fields that are not None."""
         return tuple(name for name, field in OUTPUT_FIELDS.items() if getattr(self, field) is not None)
 
     def output(self, name: str, vocab: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""The token level in C++ on the CPU: opens the library that setup.py built from csrc/ and passes it tensors.
+"""The token level in C++ on the CPU: loads the library that setup.py builds from csrc/ and passes it tensors.
 
 The library is plain C ABI, so one build serves every torch and Python version. It is compiled for several vector levels
-and takes the best that this machine runs; `RPO_KERNELS_NATIVE_LEVEL` names another.
+and uses the best that this machine supports; `RPO_KERNELS_NATIVE_LEVEL` selects another.
 """
 
 import ctypes
@@ -19,8 +19,8 @@ from .interface import ActiveColumns, EntropyGrad, RowStats, TokenOptions
 
 LIBRARY = Path(__file__).parent.parent / "_native.so"
 LEVEL_VARIABLE = "RPO_KERNELS_NATIVE_LEVEL"
-EMULATED = "emulated"  # AVX-512 with the head level's bfloat16 products emulated, for tests
-MAPPED_BYTES = 2**25  # the allocator takes anything larger from the system anew, and gives it back when it is freed
+EMULATED = "emulated"  # AVX-512 with the LM head's bfloat16 products emulated, for tests
+MAPPED_BYTES = 2**25  # larger blocks are mapped anew by the allocator, and unmapped when they are freed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -62,12 +62,12 @@ def level() -> str:
 
 
 def has_head() -> bool:
-    """Whether the level in use has the head level's bfloat16 products."""
+    """Whether the vector level in use has the LM head's bfloat16 products."""
     return bool(_library().rpo_has_head(_level_pointer(level())))
 
 
 def info() -> dict[str, Any]:
-    """Vector level, number of threads, and whose threads they are."""
+    """Vector level, number of threads, and the pool that they belong to."""
     threads = "torch's OpenMP pool" if _openmp() else "started for each call"
     return {"level": level(), "threads": torch.get_num_threads(), "pool": threads}
 

@@ -1,6 +1,6 @@
 """The reference backend: the row kernels in plain torch, against which every other backend is tested.
 
-Runs on any device and in any floating dtype, float64 included, and serves where no faster backend is at hand.
+Runs on any device and in any floating dtype, float64 included, and is used where no faster backend is available.
 """
 
 import torch
@@ -31,7 +31,7 @@ def row_stats(
         logits: `[B, T, v]`, columns `first_column ... first_column + v` of the vocabulary.
         labels: `[B, T]` integers, in the whole vocabulary's numbering.
         running: statistics of the columns before this tile, to be continued and overwritten in place.
-        outputs: names in `OUTPUT_FIELDS` whose fields are wanted too; those of `running` where that is given.
+        outputs: names in `OUTPUT_FIELDS` whose fields to compute too; ignored with `running`, which determines them.
 
     Returns:
         `RowStats` aligned with the labels.
@@ -123,7 +123,7 @@ def labels_of_rows(labels: Tensor, options: TokenOptions) -> Tensor:
 def _entropy_grad(away: Tensor, sumexp: Tensor, entropy: Tensor, factor: Tensor) -> Tensor:
     """`-p (log p + entropy) * factor` from `away = z - max`."""
     log_p = away - sumexp.log().unsqueeze(-1)
-    # Where p is 0 in every dtype, any finite number stands for its logarithm.
+    # Where p is 0 in every dtype, its logarithm may be any finite number.
     return (
         log_p.clamp(min=-1e4).add_(entropy.unsqueeze(-1)).mul_(log_p.exp_()).mul_(-factor.to(away.dtype).unsqueeze(-1))
     )
@@ -136,7 +136,7 @@ def softcap_slope(logits: Tensor, scale: float) -> Tensor:
 
 
 def _finite(top: Tensor) -> Tensor:
-    """A row of nothing but -inf has no finite maximum to subtract: 0 leaves its exponentials at 0."""
+    """The maximum of a row of -inf only is replaced by 0, so that its exponentials are 0."""
     return torch.where(top == -torch.inf, 0, top)
 
 
@@ -154,7 +154,7 @@ def _max_before_label(z: Tensor, target: Tensor, first_column: int) -> Tensor:
 
 def _merge(a: RowStats, b: RowStats) -> RowStats:
     top = torch.maximum(a.max, b.max)
-    # How far each part's maximum lies below the new one; a part that saw nothing but -inf has no weight anyway.
+    # Each part's maximum relative to the new one; a part of -inf only has no weight.
     drops = [torch.where(part.sumexp > 0, part.max - _finite(top), 0) for part in (a, b)]
     merged = RowStats(
         logp=a.logp,
@@ -176,7 +176,7 @@ def _merge(a: RowStats, b: RowStats) -> RowStats:
 
 
 def _unscored_blank(stats: RowStats, scored: Tensor, options: TokenOptions) -> RowStats:
-    """Statistics of rows as statistics of label positions; what is not scored holds 0, and 1 in `sumexp`."""
+    """Statistics of rows as statistics of label positions; unscored ones are 0, and 1 in `sumexp` and `sum_sq_exp`."""
 
     def blank(name: str, x: Tensor | None) -> Tensor | None:
         fill = 1.0 if name in ("sumexp", "sum_sq_exp") else 0.0

@@ -1,9 +1,8 @@
-"""The softmax of a chunk of rows, continued tile by tile: the reference, over the row kernels of any backend.
+"""The online softmax of a chunk of rows, tile by tile: the reference implementation, with any backend's row kernels.
 
-State of a row, in `RowStats`: `max` holds a reference r, `sumexp` the sum S of exp(z - r) over the columns so far,
-beside it the label's logit. r is a log-sum-exp of the past: it moves, to the log-sum-exp of now, only when that lies
-more than SLACK above it. So S stays below e^SLACK, and what was computed relative to r is rescaled for a few rows of a
-few tiles.
+State of a row, in `RowStats`: `max` holds a reference r, `sumexp` the sum S of exp(z - r) over the columns so far, and
+`label_logit` the label's logit. r is the log-sum-exp at some earlier tile: it is set to the current one only when
+that lies more than SLACK above it. So S stays below e^SLACK, and values relative to r are rescaled rarely.
 """
 
 import math
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from .interface import ActiveColumns, Backend, KeptTiles, RowStats, TokenOptions
 
-SLACK = 10 * math.log(2)  # exp(z - r) <= 2^10, which float16 holds
-LARGEST_ENTRY = 2.0**14  # of what is kept at a label's column; float16 ends at 2^16
+SLACK = 10 * math.log(2)  # exp(z - r) <= 2^10, which float16 can represent
+LARGEST_ENTRY = 2.0**14  # of a saved P at the label's column; the largest float16 is below 2^16
 
 
 class TileSoftmax:
@@ -24,7 +23,7 @@ class TileSoftmax:
         self.kernels = kernels
 
     def scale_rows(self, hidden: Tensor, factor: Tensor, before: Tensor | None, out: Tensor) -> None:
-        """`out = factor * hidden`, `[n, H]`, rounded once; `before` holds the factors of which `out` is full."""
+        """`out = factor * hidden`, `[n, H]`, rounded once; `before` holds the factors that `out` was computed with."""
         torch.mul(hidden, factor[:, None], out=out)
 
     def weigh(
@@ -46,7 +45,7 @@ class TileSoftmax:
             stats: the state, `[1, n]` each, continued in place (not `logp`).
             references: `[n]`, where r of this tile is written.
             out: `[n, v]`, may be `logits`.
-            sums: `[n, H]`, sums relative to the r before, brought to the new one; or None.
+            sums: `[n, H]`, sums relative to the previous r, rescaled to the new one; or None.
         """
         tile = self.kernels.row_stats(logits[None], labels[None], options, first_column)
         before = stats.max.clone()
@@ -84,11 +83,11 @@ class TileSoftmax:
     ) -> None:
         """Continue the softmax and mark the columns that may hold |dlogp / dlogit| above a threshold in some row.
 
-        The softmax over all columns is no larger than that over the columns so far and the label's, by which columns
-        are judged.
+        A probability of the softmax over all columns is at most that over the columns so far and the label's, which is
+        compared with the threshold.
 
         Args:
-            logits, labels, first_column: as in `weigh`; the logits' memory is used up.
+            logits, labels, first_column: as in `weigh`; the logits are overwritten.
             stats: the state, continued; begun with `label_logits` for `max` and 0 for `sumexp`.
             label_logits: `[n]`, transformed; -inf for a label out of range.
             active: its mask, `[v]`, holds 1 at labels' columns and gets 1 where the threshold is exceeded.
@@ -116,7 +115,7 @@ class TileSoftmax:
         weight: Tensor,
         kept: KeptTiles,
     ) -> None:
-        """End of a chunk: log-probabilities, the gradient of the hidden states, and what the kept tiles lack.
+        """End of a chunk: log-probabilities, gradient of the hidden states, labels' entries of the saved tiles.
 
         Args:
             stats: the state; its `logp` is written.
@@ -143,7 +142,7 @@ class TileSoftmax:
             probabilities = kept.tile(tile)
             first = tile * kept.tile_columns
             here = (labels >= first) & (labels < first + probabilities.shape[1])
-            # Where r has moved far since, the entry might be too large for the kept dtype: then the row is rescaled.
+            # If r has moved far since, the entry could overflow the saved dtype: rescale the row.
             far = here & (gain > LARGEST_ENTRY * scale)
             if probabilities.device.type != "cpu" or far.any():
                 rescale = torch.where(far, scale / last_scale, 1)[:, None]
@@ -160,7 +159,7 @@ def write_logp(stats: RowStats) -> None:
 
 
 def _finite(reference: Tensor) -> Tensor:
-    """Where all logits so far are -inf there is nothing to subtract: 0 leaves their exponentials at 0."""
+    """Replaces a maximum of -inf by 0, so that the exponentials of -inf are 0."""
     return torch.where(reference == -torch.inf, 0, reference)
 
 

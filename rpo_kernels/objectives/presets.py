@@ -8,7 +8,7 @@ from .rpo import RPO
 
 
 def DPO(beta: float = 0.1) -> RPO:
-    """Direct Preference Optimization (arXiv 2305.18290, eq. 7): the best response is all the target."""
+    """Direct Preference Optimization (arXiv 2305.18290, eq. 7): the best response is the one-hot target."""
     return RPO("bwd_kl", beta=beta, target_margin=math.inf)
 
 
@@ -61,7 +61,7 @@ def DistilledDPO(beta: float = 0.1, eta: float = 1.0) -> RPO:
     return RPO("sq", beta=math.sqrt(2) * beta, eta=math.sqrt(2) * eta)
 
 
-# By the names that the command line knows them by.
+# By their names on the command line.
 PRESETS: dict[str, Callable[..., RPO]] = {
     "rpo": RPO,
     "dpo": DPO,

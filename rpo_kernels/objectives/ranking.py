@@ -1,4 +1,4 @@
-"""How responses rank within their group: by reward, and by implicit reward."""
+"""Ranking of responses within their group, by reward and by implicit reward."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def ranking_metrics(implicit: Tensor, rewards: Tensor, present: Tensor | None = 
     if present is None:
         present = torch.ones_like(rewards, dtype=torch.bool)
     ordered, agreeing, ranked = [], [], torch.zeros_like(present[:, 0])
-    # All against a part of the responses at a time, so that a few large groups among many do not take G K^2 of memory.
+    # Compares a part of the responses at a time: with many groups, G K^2 pairs would not fit in memory.
     part = max(1, _PAIRS_AT_ONCE // max(rewards.numel(), 1))
     for other in zip(*(x.split(part, -1) for x in (implicit, rewards, present))):
         pairs = present.unsqueeze(-1) & other[2].unsqueeze(-2) & (rewards.unsqueeze(-1) > other[1].unsqueeze(-2))

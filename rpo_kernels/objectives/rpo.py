@@ -31,9 +31,9 @@ class RPO:
         eta: target per unit of reward; the same.
         length_normalize: divide each log-ratio by the response's number of scored tokens.
         reference_free: the log-ratio is the policy's log-probability alone.
-        target_margin: if given, rewards only tell which response is best: the target is `target_margin` for it and 0
-            for the others. Infinite (bwd_kl only) puts all of q on it; responses that tie for the best share it.
-        gamma: by how much the best response's implicit reward must lead before it counts (SimPO's gamma).
+        target_margin: if given, only the best response by reward matters: the target is `target_margin` for it and 0
+            for the others. Infinity (bwd_kl only) makes q one-hot; responses that tie for the best share it.
+        gamma: margin subtracted from the best response's implicit reward (SimPO's gamma).
 
     Raises:
         ValueError: naming the attribute that is out of range.
@@ -63,7 +63,7 @@ class RPO:
 
     @property
     def is_constant(self) -> bool:
-        """Whether no attribute is a tensor, which may want a gradient."""
+        """Whether no attribute is a tensor, which may require a gradient."""
         return not (isinstance(self.beta, Tensor) or isinstance(self.eta, Tensor))
 
     def _check_target_margin(self, value: float) -> None:
@@ -76,7 +76,7 @@ class RPO:
         """Loss of each group, `[G]`, from `[G, K]` log-ratios and rewards."""
         if present is None:
             present = torch.ones_like(rewards, dtype=torch.bool)
-        # A reward that is not finite must not pass unseen: x - x is NaN for it and 0 for any other.
+        # A reward that is not finite makes the loss NaN: x - x is NaN for it and 0 for any other.
         sound = 1 + torch.where(present, rewards - rewards, 0).sum(-1)
         return self._distance(log_ratios, rewards, present) * sound
 
@@ -110,7 +110,7 @@ def _log_softmax(x: Tensor, present: Tensor) -> Tensor:
 
 def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum_k p_k (log p_k - log q_k), where 0 log 0 = 0 in value and gradient."""
-    some = p != 0  # true of NaN, which must not pass for 0
+    some = p != 0  # True for NaN too, which must not become 0.
     gap = torch.where(some, log_p, 0) - torch.where(some, log_q, 0)
     return torch.where(some, p * gap, 0).sum(-1)
 

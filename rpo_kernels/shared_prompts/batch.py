@@ -1,4 +1,4 @@
-"""From groups of token ids to the tensors a model and the loss take."""
+"""Tensors of a model and the loss from groups of token ids."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ class TokenGroup(Protocol):
 
 
 class SharedPromptCollator:
-    """Packs a list of groups into one row in which no token is there twice, without padding.
+    """Packs a list of groups into one row without repeated tokens or padding.
 
     A group is an object or mapping with `prompt` (token ids), `responses` (K lists of token ids) and `rewards` (K
     numbers), and optionally `ref_logps` (K numbers). A row of T tokens with B responses of N tokens together is
@@ -66,8 +66,8 @@ def labels_beside_inputs(
 ) -> dict[str, Tensor]:
     """A row of shared prompts for losses that score `labels[t]` with the logits at `t - 1`, as trainers usually do.
 
-    Each response starts with a copy of its prompt's last token, so that every label has a place and a row of its own:
-    K - 1 tokens a group more than `SharedPromptCollator`, and only the prompts are shared.
+    Each response starts with a copy of its prompt's last token, so that every label has an index and a row of its own:
+    K - 1 tokens per group more than `SharedPromptCollator`, and only the prompts are shared.
 
     Args:
         groups: prompts and their responses, as token ids.

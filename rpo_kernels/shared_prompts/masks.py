@@ -1,8 +1,8 @@
 """The attention of shared prompts, through transformers' own masking interface.
 
 transformers makes the mask of each attention implementation (SDPA, eager, FlexAttention) from one function of the
-query's and the key's index. Here that function reads a row of trees; the model takes the finished mask in place of its
-own, so nothing of transformers is replaced.
+query's and the key's index. Here that function describes a row of trees; the finished mask is passed to the model as
+`attention_mask`, so that no part of transformers is replaced.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 
 
 def tree_mask_function(visible_until: Tensor) -> MaskFunction:
-    """Which keys a query sees in rows of trees: those before it whose branch has not ended, itself included.
+    """Mask of rows of trees: a query attends to itself and to the keys before it whose branch has not ended.
 
     Args:
         visible_until: `[B, T]`, see `TreeRow`.

@@ -1,4 +1,4 @@
-"""Which models may share prompts: those in which a token's state depends on what it sees and its position alone."""
+"""Models that support shared prompts: a token's state depends only on its position and the tokens it attends to."""
 
 import inspect
 from typing import Any
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from .batch import SharedPromptCollator
 from .masks import IMPLEMENTATIONS, attention_mask, layer_kinds
 
-# Small groups that a model is tried on: prompts and responses of one token, ragged, with a common first part.
+# Small groups to test a model with: prompts and responses of one token, ragged, with a common first part.
 _PROBE: list[dict[str, Any]] = [
     {"prompt": [5, 9, 2, 7, 4], "responses": [[3, 8, 6, 1], [2], [3, 8, 9]], "rewards": [0.0] * 3},
     {"prompt": [6], "responses": [[4, 4, 1], [7, 3]], "rewards": [0.0] * 2},
 ]
-# What two ways of computing the same may differ by, relative to how much the logits of different rows do.
+# Tolerated difference of the two forms, relative to the difference of logits between rows.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def unsupported_reason(model: nn.Module, longest: int | None = None) -> str | None:
-    """Why shared prompts are not exact for a model, as far as its configuration tells; None if nothing speaks against.
+    """Why shared prompts are not exact for a model, by its configuration; None if no reason is found.
 
     Args:
         model: a causal language model of transformers; may be wrapped by PEFT or DDP.
@@ -74,7 +74,7 @@ def _of_modules(model: nn.Module, config: Any) -> str | None:
 
 @torch.no_grad()
 def check_shared_prompts(model: nn.Module, longest: int | None = None) -> None:
-    """Hold shared prompts against separate sequences on a few tokens, whatever the configuration says.
+    """Compare shared prompts with separate sequences on a few tokens, whatever the configuration says.
 
     Args:
         model, longest: as for `unsupported_reason`. The model is run twice, in evaluation mode.

@@ -1,9 +1,8 @@
-"""Groups of token ids laid out in one row, so that no token is there twice.
+"""Groups of token ids laid out in one row without repeated tokens.
 
-A group is a tree: the prompt is its root, and responses part where their tokens differ. The row holds the trees one
-after another, each in depth-first order, so that everything that continues a token stands right behind it. Attention
-then needs one number a token, the place before which its tree's branch ends: a token sees those before it whose branch
-it lies in.
+A group is a tree: the prompt is its root, and responses branch where their tokens differ. The row holds the trees one
+after another, each in depth-first order, so that all continuations of a token follow it directly. Attention then needs
+one number per token, the index at which its branch ends: a token attends to those before it whose branch contains it.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ class TreeRow:
 
     input_ids: list[int] = field(default_factory=list)  # [T]
     position_ids: list[int] = field(default_factory=list)  # [T] distance from the group's first token
-    visible_until: list[int] = field(default_factory=list)  # [T] place before which the branch of a token ends
+    visible_until: list[int] = field(default_factory=list)  # [T] index at which the branch of a token ends
     labels: list[int] = field(default_factory=list)  # [N] the responses' tokens, response after response
     label_rows: list[int] = field(default_factory=list)  # [N] place of the token that predicts the label
     cu_seqlens: list[int] = field(default_factory=lambda: [0])  # [B + 1] where each response's labels begin

@@ -18,7 +18,7 @@ from .models import base_model
 
 logger = logging.get_logger(__name__)
 _DENSE_TOKENS = 4096
-# What a response's log-probability may differ by between the two forms, relative to its size.
+# Tolerated relative difference of a response's log-probability between the two forms.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
@@ -55,7 +55,7 @@ class BatchForm:
         longest: int | None = None,
         loss_layer: LossLayer | None = None,
     ) -> "BatchForm":
-        """The form for a model: with `"auto"`, shared prompts where they are exact, and otherwise a line that says why.
+        """The form for a model: with `"auto"`, shared prompts where they are exact, else a line with the reason.
 
         Args:
             model: on its device, not yet wrapped for several.
@@ -104,7 +104,7 @@ class BatchForm:
         return shared
 
     def _name_larger(self, examples: Iterable[Example]) -> None:
-        """Say which groups are micro-batches of their own for being above `max_tokens`."""
+        """Warn of groups above `max_tokens`, which are micro-batches of their own."""
         if self.max_tokens is None:
             return
         sizes = [self.tokens(example) for example in examples]
@@ -146,7 +146,7 @@ class BatchForm:
 
     def _micro_batch(self, examples: Sequence[Example], row: list[int]) -> dict[str, Any]:
         members = [examples[g] for g in row]
-        # Where every response is one token, packed sums and packed tokens look alike to the loss: it wants padding.
+        # If every response is one token, the loss cannot tell packed sums from packed tokens: use padding.
         single = all(len(response) == 1 for e in members for response in e.responses)
         collate: Callable = SharedPromptCollator() if self.shared and not single else GroupCollator(self.pad_token_id)
         return collate(members) | {"groups": row, "truncated_tokens": [e.truncated_tokens for e in members]}

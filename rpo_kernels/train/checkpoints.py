@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: written aside, recorded file by file, then renamed.
+"""Atomic checkpoints: written under a temporary name with a record of every file, then renamed.
 
 A checkpoint holds, beside what `transformers.Trainer` writes, `checkpoint.json`: the size of every file and the
-identity of the run. What an interruption or a full disk leaves behind has no such record, or does not fit it.
+identity of the run. A checkpoint cut short by an interruption or a full disk has no such record, or does not match it.
 """
 
 import json
@@ -14,7 +14,7 @@ from .._files import write_whole
 from .errors import RunError
 
 RECORD = "checkpoint.json"
-ASIDE = ".unfinished"  # folder in the output directory; what it holds may be deleted at any time
+ASIDE = ".unfinished"  # folder in the output directory; its contents may be deleted at any time
 
 
 def seal(folder: Path, identity: dict) -> None:

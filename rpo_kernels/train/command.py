@@ -1,4 +1,4 @@
-"""`rpo-kernels train`: answers at once, then loads what training needs."""
+"""`rpo-kernels train`: prints its first line at once, then imports the libraries of training."""
 
 import os
 import sys

@@ -124,7 +124,7 @@ def check_run(run: RunArguments) -> None:
     if run.gradient_filter is not None and not run.gradient_filter >= 0:
         raise ValueError(f"gradient_filter must be at least 0, got {run.gradient_filter}")
     if run.loss_level == "logits" and (run.memory_budget is not None or run.gradient_filter is not None):
-        raise ValueError("memory_budget and gradient_filter are the head level's; loss_level is 'logits'")
+        raise ValueError("memory_budget and gradient_filter need the loss from hidden states; loss_level is 'logits'")
 
 
 def parse(argv: Sequence[str], demonstration: Sequence[str]) -> tuple[Settings, bool]:

@@ -1,8 +1,8 @@
-"""What ends a run with one line in place of a traceback."""
+"""Errors that end a run with one line in place of a traceback."""
 
 
 class RunError(Exception):
-    """A run that cannot start, or go on, as asked; the message says what to do."""
+    """A run that cannot start or continue as requested; the message says what to do."""
 
 
 class NonFiniteError(RunError):

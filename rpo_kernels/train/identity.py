@@ -1,4 +1,4 @@
-"""What makes two runs the same run: everything that changes the losses, so that a run is resumed as it was begun."""
+"""Identity of a run: all settings and data that change the losses, which must be equal when it is resumed."""
 
 import hashlib
 import json

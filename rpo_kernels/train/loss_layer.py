@@ -1,4 +1,4 @@
-"""From a model and a batch to the loss: the one place where the trainer meets the package's operators."""
+"""The loss of a model on a batch: the only file of the trainer that calls this package's operators."""
 
 import inspect
 from collections.abc import Callable
@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 class LossLayer:
     """How the loss is computed: from the model's logits, or from its hidden states and LM head, without the logits.
 
-    `memory_budget` and `gradient_filter` are those of `linear_token_logprobs`, for the head level.
+    `memory_budget` and `gradient_filter` are those of `linear_token_logprobs`, for the loss from hidden states.
     """
 
     level: Literal["head", "logits"] = "logits"
@@ -32,7 +32,7 @@ class LossLayer:
 
     @classmethod
     def of(cls, model: nn.Module, level: str = "auto", **options: Any) -> "LossLayer":
-        """The loss layer for a model: with `"auto"`, the head level where the model allows it.
+        """The loss layer for a model: with `"auto"`, from hidden states where the model allows it.
 
         Raises:
             ValueError: if `level` is `"head"` and the model does not allow it.
@@ -42,7 +42,9 @@ class LossLayer:
                 check_head(model)
             except (ValueError, RuntimeError) as error:  # hidden states of another type than the head's, for one
                 if level == "head":
-                    raise ValueError(f"the head level does not fit the model: {error}") from error
+                    raise ValueError(
+                        f"the loss cannot be computed from hidden states of this model: {error}"
+                    ) from error
                 logger.warning(f"{error}; the loss is computed from the logits")
                 level = "logits"
         return cls("logits" if level == "logits" else "head", **options)
@@ -80,7 +82,7 @@ def preference_loss(model: nn.Module, batch: dict, objective: Objective, layer: 
 
 @torch.no_grad()
 def response_logps(model: nn.Module, batch: dict, layer: LossLayer = LossLayer()) -> Tensor:
-    """Log-probability of each response of a batch, `[B]` float32: what a reference model is asked for."""
+    """Log-probability of each response of a batch, `[B]` float32: as needed from a reference model."""
     segments = Segments(len(batch["rewards"]), batch.get("cu_seqlens"))
     if layer.level == "logits":
         logits, labels, places = _logits(model, batch)
@@ -100,7 +102,7 @@ def response_logps(model: nn.Module, batch: dict, layer: LossLayer = LossLayer()
 
 
 def _at_head(model: nn.Module, batch: dict, use: Callable[[ModelHead, Tensor], Any]) -> Any:
-    """What `use` makes of the model's head and hidden states, inside the forward of the model and its wrappers.
+    """The result of `use(head, hidden states)`, called inside the forward of the model and its wrappers.
 
     DDP and FSDP prepare backward and gather weights around `forward`, so the backbone may not be called past them.
     """

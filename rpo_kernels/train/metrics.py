@@ -1,4 +1,4 @@
-"""What a run reports of its batches: collected per group, so that sums over batches and processes are exact."""
+"""Metrics of a run's batches: collected per group, so that sums over batches and processes are exact."""
 
 import contextlib
 import time

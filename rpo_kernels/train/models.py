@@ -147,7 +147,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel) -> None:
-    """RunError if what a model says of a token depends on later ones, as an encoder's does (BERT)."""
+    """Raise RunError if a model's logits at a token depend on later tokens, as an encoder's do (BERT)."""
     ids = torch.arange(1, 7, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
     others = torch.cat([ids[:, :-1], ids[:, :1]], -1)
     training = model.training
@@ -158,7 +158,9 @@ def check_causal(model: PreTrainedModel) -> None:
         raise RunError(f"{type(base_model(model)).__name__} fails on a few tokens: {error}") from error
     finally:
         model.train(training)
-    rounding = 1e-4 if model.dtype in (torch.float32, torch.float64) else 1e-2  # experts round by who else is there
+    rounding = (
+        1e-4 if model.dtype in (torch.float32, torch.float64) else 1e-2
+    )  # experts' rounding depends on the other tokens
     if (logits - changed).norm() > rounding * logits.norm():
         raise RunError(
             f"{type(base_model(model)).__name__} is not causal: its logits depend on later tokens, so it cannot give a "
@@ -202,7 +204,7 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def _load(source: str, what: str, load: Callable[[], Loaded]) -> Loaded:
-    """What `load` returns; what goes wrong in other libraries' hands is about the files of `source`."""
+    """The result of `load`; exceptions of other libraries become a RunError about the files of `source`."""
     try:
         return load()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The output directory of a run: one run at a time, begun anew, resumed as it was begun, or refused."""
+"""The output directory of a run: held by one run at a time, which starts anew, resumes, or is refused."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ class OutputDirectory:
             raise RunError(f"{self.path} holds a model that is not of this trainer: choose another --output-dir")
 
     def is_finished(self) -> bool:
-        """Whether a run has come to its end here."""
+        """Whether a run has finished here."""
         return bool(self.metrics().get("finished"))
 
     def metrics(self) -> dict:

@@ -1,4 +1,4 @@
-"""What can be known to fail before any work is done: settings, model and tokenizer, data against model."""
+"""Checks before any work is done: settings, model and tokenizer, data against model."""
 
 import math
 from collections.abc import Iterable
@@ -21,10 +21,10 @@ DEFAULT_MAX_LENGTH = 1024
 
 
 class SettingError(Exception):
-    """A setting that cannot be: named, with what was given and what is possible."""
+    """An invalid setting: its name, the given value and the possible ones."""
 
 
-# Arguments of transformers with which this trainer would do something else than they say, and why.
+# Arguments of transformers that would have another effect in this trainer than documented, with the reason.
 _FIXED = {
     "label_smoothing_factor": (0.0, "smooth preferences with --objective cdpo --epsilon"),
     "do_train": (True, "training is all that the command does"),

@@ -1,7 +1,7 @@
 """Log-probabilities of the reference model: computed once, before training, and cached on disk.
 
 The cache is a file for each reference model and precision, with a line for each group of responses, found by its
-tokens; so changed data or lengths cost only what is new, and an interrupted run continues where it stopped.
+tokens: after a change of data or lengths only new groups are computed, and an interrupted run continues.
 """
 
 import contextlib
@@ -183,7 +183,7 @@ def _adapter_off(model: nn.Module) -> contextlib.AbstractContextManager:
 
 def _autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
     """The mixed precision that training runs in, so that policy and reference round alike."""
-    if not (args.bf16 or args.fp16) or (args.fp16 and args.device.type == "cpu"):  # where Trainer does nothing either
+    if not (args.bf16 or args.fp16) or (args.fp16 and args.device.type == "cpu"):  # where Trainer does not either
         return contextlib.nullcontext()
     return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
 

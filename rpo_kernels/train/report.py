@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.json, curves.png and a table."""
+"""Output of a run: metrics.json, curves.png and a table."""
 
 import json
 import math
@@ -59,7 +59,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressBar(ProgressCallback):
-    """Progress bars that say what they show, loss and accuracy at the end, in place of a line for every log."""
+    """Progress bars with a title and the latest loss and accuracy, in place of a line for every log."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Name the bar."""

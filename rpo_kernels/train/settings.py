@@ -124,10 +124,11 @@ class RunArguments:
         "auto", "Compute the loss from hidden states and the LM head, or from logits; auto: head where possible."
     )
     memory_budget: str | None = _setting(
-        None, "Memory of the loss at the head level, as 512MB; default: a quarter of what is free."
+        None, "Memory of the loss from hidden states, as 512MB; default: a quarter of the free memory."
     )
     gradient_filter: float | None = _setting(
-        None, "Head level: leave columns out of a chunk's gradient whose entries are all below this, as 1.5e-5."
+        None,
+        "Leave out columns of the head's gradient whose entries are all below this, as 1.5e-5.",
     )
     cache_dir: str | None = _setting(
         None, "Where tokenised data and the reference's log-probabilities are kept (default: ~/.cache/rpo_kernels)."

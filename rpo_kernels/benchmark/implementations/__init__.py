@@ -1,1 +1,1 @@
-"""What is compared. registry: what an implementation is; ours, plain, peers: a few lines for each; catalogue: all."""
+"""Compared implementations. registry: interface; ours, plain, peers: implementations; catalogue: lookup by name."""

@@ -1,4 +1,4 @@
-"""All implementations."""
+"""Lookup of implementations by level and name; importing it registers all of them."""
 
 from collections.abc import Sequence
 

@@ -14,7 +14,7 @@ from ..problem import BETA, Problem
 from .registry import REGISTRY, Implementation, Run, Unavailable, implementation
 
 _OBJECTIVE = RPO("bwd_kl", beta=BETA, target_margin=math.inf, reference_free=True)
-# The exact head level by name, with its `memory_budget`: what `memory_plan` predicts.
+# The exact loss from hidden states, by name with its `memory_budget`: those whose memory `memory_plan` predicts.
 BUDGETS = {"rpo_kernels": None, "rpo_kernels 64MB budget": "64MB"}
 
 

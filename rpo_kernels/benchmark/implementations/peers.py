@@ -1,4 +1,4 @@
-"""The libraries a user would otherwise take, called as their own trainers or documentation call them."""
+"""Other libraries' loss layers, called as in their own trainers or documentation."""
 
 import torch
 from torch import Tensor

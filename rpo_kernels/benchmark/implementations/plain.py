@@ -1,4 +1,4 @@
-"""Plain torch: what everyone can write down without a library."""
+"""Plain torch, as written without a library."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What an implementation of the loss layer is to the benchmark, and how one is added.
+"""Interface and registration of the implementations of the loss layer that the benchmark compares.
 
 An implementation is one function that imports what it needs and returns `run(inputs) -> (loss, logps [B])`:
 
@@ -68,8 +68,8 @@ class Implementation(NamedTuple):
     make: Callable[[Problem], Pass]
     device: str | None = None  # the device type it needs, None for any
     package: str | None = None  # the distribution it comes from, None for torch and this package
-    inplace: bool = False  # it overwrites the logits it is given
-    approximate: bool = False  # its gradients are meant to differ, so they are held to half precision's error
+    inplace: bool = False  # it overwrites its input logits
+    approximate: bool = False  # its gradients are approximate: they are compared at half precision's error
 
     def load(self, problem: Problem) -> Pass:
         """Ready to run.
@@ -108,7 +108,7 @@ REGISTRY: list[Implementation] = []
 
 def implementation(name: str, level: str, *, head_name: str | None = None, **properties: Any) -> Callable:
     """Register the function below as an implementation with the properties of `Implementation`; with `head_name` also
-    at the head level, under that name, where it gets the logits of one plain GEMM."""
+    for cases of the level "head", under that name, on the logits of one plain GEMM."""
 
     def register(make_run: Callable[[Problem], Run]) -> Callable[[Problem], Run]:
         one = Implementation(name, level, lambda problem: LossPass(make_run(problem)), **properties)

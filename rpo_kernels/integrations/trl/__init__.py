@@ -11,7 +11,7 @@ __all__ = ["Patch", "RPOConfig", "RPOTrainer", "patch"]
 
 
 def __getattr__(name: str) -> Any:
-    # They need TRL imported, which takes seconds, and a newer one than `patch` does.
+    # Imported on first use: they import TRL, which takes seconds, and need a newer version than `patch`.
     if name in ("RPOConfig", "RPOTrainer"):
         from . import trainer
 

@@ -52,7 +52,7 @@ class GroupCollator(DataCollatorMixin):
         for example in examples:
             prompt, responses = [*example["prompt_ids"]], [[*response] for response in example["responses_ids"]]
             if not prompt:
-                return self._padded(examples)  # nothing to share
+                return self._padded(examples)  # no tokens are shared
             if self.max_length is not None:
                 room = self.max_length - len(prompt)
                 if self.truncation_mode == "keep_end" and any(len(response) > room for response in responses):
@@ -92,7 +92,7 @@ def tokenize_groups(
     Args:
         dataset: a `Dataset` or an `IterableDataset`; returned as it is if it holds token ids already.
         reward_columns: of the rewards of `chosen` and `rejected`.
-        ranking_only: without rewards, 1 for `chosen` and 0 for `rejected` say all.
+        ranking_only: without rewards, use 1 for `chosen` and 0 for `rejected`.
         args: `max_length`, `truncation_mode` and `dataset_num_proc` are read.
         name: for progress bars.
 
@@ -121,7 +121,7 @@ def tokenize_groups(
         _tokenize_group, fn_kwargs={"processing_class": processing_class}, **options, **describe("Tokenizing")
     )
     if args.max_length is not None and args.truncation_mode == "keep_start":
-        # Nothing would be left of the responses.
+        # No token of the responses would be left.
         dataset = dataset.filter(
             _prompt_is_shorter, fn_kwargs={"length": args.max_length}, **options, **describe("Filtering")
         )

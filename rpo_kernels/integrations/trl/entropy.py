@@ -1,7 +1,7 @@
-"""The entropy of the fused head's rows, differentiable on demand.
+"""Entropy of the fused head's rows whose gradient is recomputed when it is needed.
 
-All trainers log it and few losses differentiate it, while an operator that keeps its gradient possible takes one more
-product with the head. So forward computes it without a gradient, and only a backward pass that asks computes it again.
+All trainers log the entropy and few losses differentiate it, while saving for its gradient costs one more product with
+the head. So forward computes it without a gradient, and a backward pass that needs the gradient recomputes it.
 """
 
 from typing import Any

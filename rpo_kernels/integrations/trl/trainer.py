@@ -93,7 +93,7 @@ class RPOTrainer(trl.DPOTrainer):
 
     The data hold, beside `prompt` (text or messages), either `responses` and `rewards`, two lists of any length of at
     least one, or `chosen` and `rejected` with their rewards in `args.reward_columns`. Without rewards, objectives that
-    only ask which response is best (`DPO()`, `IPO()`, `SimPO()`) take the chosen one as such.
+    only use which response is best (`DPO()`, `IPO()`, `SimPO()`) take the chosen one as such.
 
     The log-probabilities come from TRL's fused LM head, computed by this package's operators whether or not `patch`
     was called. Logs have TRL's names, with the best and the worst response by reward as chosen and rejected;
@@ -105,7 +105,7 @@ class RPOTrainer(trl.DPOTrainer):
         objective: `RPO(...)`, a preset or any callable that `preference_loss` takes; None: the one `args` names.
 
     Raises:
-        RuntimeError: if this version of TRL has a `DPOTrainer` of another shape than the one known here.
+        RuntimeError: if this version of TRL has a `DPOTrainer` with other methods than those known here.
         ValueError: for settings of TRL's own DPO losses, vision data, or data that do not fit.
     """
 
@@ -272,7 +272,7 @@ class RPOTrainer(trl.DPOTrainer):
         training = self.model.training
         metrics = self._metrics["train" if training else "eval"]
         for name, value in zip(figures, gathered.nanmean(0).tolist()):
-            if value == value:  # NaN: nothing to compare in this batch
+            if value == value:  # NaN: no pairs in this batch
                 metrics[name].append(value)
         if training:
             tokens = inputs["num_tokens"] if "num_tokens" in inputs else inputs["attention_mask"].sum()

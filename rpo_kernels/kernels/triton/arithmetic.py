@@ -5,9 +5,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# From this size on a stored maximum does not tell which logit it was: float32's steps are wider than a softmax.
+# Beyond this size, neighbouring float32 numbers are too far apart for a softmax relative to a stored maximum.
 COARSE = tl.constexpr(2.0**30)
-# The maximum of nothing but -inf, whose distance from it is then -inf and not NaN.
+# Stands for a maximum of -inf: subtracting it from -inf gives -inf and not NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 

@@ -35,10 +35,9 @@ def row_grad(
 ) -> Tensor:
     """`reference.row_grad` for float32, bfloat16 and float16 logits and `out`; one launch.
 
-    Rows of `logits` and `out` may be strided, `grad_logps` and the
-    entropy's factor may have any strides. Loads and stores are 16 bytes wide
-    where rows of the two tensors are equally far from a boundary, narrower where not. An `out` whose last stride is not
-    1 is written by way of a copy.
+    Rows of `logits` and `out` may be strided, `grad_logps` and the entropy's factor may have any strides. Loads and
+    stores are 16 bytes wide if rows of both tensors have the same alignment, else narrower. An `out` whose last stride
+    is not 1 is written through a copy.
 
     Raises:
         ValueError: for another dtype, or an `out` of another shape.
@@ -141,12 +140,12 @@ def row_grad_kernel(
     factor = tl.load(grad_logps + batch * grad_strides[0] + position * grad_strides[1]).to(tl.float32) * outer
     if SOFTCAP:
         factor *= inner
-    # What a column's exponential, and the label's column, are multiplied by before the softcap's derivative.
+    # Factors of a column's exponential and of the label's column, without the softcap's derivative.
     others = -factor / sumexp
     own = -expm1(logp) * factor
     tilt = 0.0
     if entropies is not None:
-        # -p (log p + entropy): a column's factor gets a term of its distance from the maximum, in bits.
+        # -p (log p + entropy): a column's factor gets a term linear in its distance from the maximum, in bits.
         entropy = tl.load(entropies + at)
         slope = tl.load(grad_entropies + batch * entropy_strides[0] + position * entropy_strides[1])
         slope = slope.to(tl.float32) * outer
@@ -159,7 +158,7 @@ def row_grad_kernel(
     label_column = label.to(tl.int64) - first_column
 
     edges = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
-    # Beyond COARSE only the exact maximum of these columns counts, and nothing if that is not the row's.
+    # Beyond COARSE only columns at the row's exact maximum have a probability.
     to_z, to_bits = outer, outer * 0.0 + LOG2E
     if tl.abs(top) >= COARSE:
         exact = tl.where(inside, squash(edges, inner, SOFTCAP), float("-inf"))
@@ -177,7 +176,7 @@ def row_grad_kernel(
     tl.store(out_row + column, edges.to(out.dtype.element_ty), mask=inside)
     if active is not None:
         tl.store(active + column, 1, mask=inside & _exceeds(edges, threshold))
-    # Whole blocks but the label's: no masks, no comparing of columns. Then the label's block and the partial one.
+    # Whole blocks without the label need no masks; the label's block and the partial one follow.
     label_offset = (label_column - head).to(tl.int32)
     whole = start + tl.maximum(stop - start, 0) // BLOCK * BLOCK
     holds_label = (label_offset >= start) & (label_offset < whole)
@@ -207,7 +206,7 @@ def _grad(
     away = tl.fma(u, to_z, -top) * to_bits
     factor = others
     if TILTED:
-        factor += tl.maximum(away, -1e4) * tilt  # finite, so that 0 times it is 0
+        factor += tl.maximum(away, -1e4) * tilt  # finite: 0 times it is 0
     grad = tl.exp2(away) * factor
     if column is not None:
         grad = tl.where(column == label_column, own, grad)

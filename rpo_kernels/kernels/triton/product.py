@@ -1,8 +1,8 @@
-"""The head's product with the softmax in its epilogue: statistics of rows of logits that never leave the chip.
+"""The head's product with the softmax in its epilogue: statistics of rows of logits that are not written to memory.
 
 A persistent program multiplies blocks of hidden states `[rows, H]` by blocks of the weight `[columns, H]`, reduces each
-block of logits to one number a row and statistic, and goes on. A second kernel merges the blocks of a row in the order
-of their columns, so that results do not depend on how many programs there were.
+block of logits to one number per row and statistic, and continues. A second kernel merges the blocks of a row in the
+order of their columns, so that results do not depend on how many programs there were.
 
 As in `stats.py`, `u = x`, or `tanh(inner * x)` with a softcap, and `z = outer * u`.
 """
@@ -21,7 +21,9 @@ from .stats import finish_row
 from .tiling import processors, scales
 
 MERGED_ROWS, MERGED_BLOCKS = 32, 32
-_GROUP = tl.constexpr(8)  # blocks of rows that walk the columns together, so that both operands stay in the L2 cache
+_GROUP = tl.constexpr(
+    8
+)  # blocks of rows that process the same columns at a time, so that both operands stay in the L2 cache
 _INTEGERS = ["rows", "vocab", "blocks"]
 
 
@@ -173,7 +175,7 @@ def merge_kernel(
     BLOCKS: tl.constexpr,
 ):
     """Program: some rows' statistics from those of their blocks of columns, in the blocks' order."""
-    # Beyond the last row, that row again: the same numbers to the same place.
+    # Beyond the last row, the last row again: it stores the same numbers at the same address.
     row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), rows - 1)
     scale = outer * LOG2E
     field = blocks.to(tl.int64) * rows

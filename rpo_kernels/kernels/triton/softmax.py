@@ -1,4 +1,4 @@
-"""`TileSoftmax` in Triton: one launch a tile of logits, one at the end of a chunk of rows, one a tile in backward.
+"""`TileSoftmax` in Triton: one launch per tile of logits, one at the end of a chunk of rows, one per tile in backward.
 
 A program holds its row of the tile in registers, so that each logit is read once and each P written once. In the
 kernels `u = x`, or `tanh(inner * x)` with a softcap, and `z = outer * u`.
@@ -20,7 +20,7 @@ _SLACK = tl.constexpr(SLACK)
 _LARGEST_SUM = tl.constexpr(1024.0)  # e^SLACK
 _LARGEST_ENTRY = tl.constexpr(LARGEST_ENTRY)
 _INTEGERS = ["columns", "first_column", "rows", "row_start", "vocab", "tiles", "label_stride"]
-# Views of these start anywhere: their address is no reason to compile again.
+# Views of these start at any address: do not specialise on their alignment.
 _VECTORS = ["labels", "tops", "sumexps", "label_logits", "logps", "references", "early_logits", "dropped", "factors"]
 
 
@@ -28,7 +28,7 @@ class FusedTileSoftmax(TileSoftmax):
     """One kernel for each pass; see `TileSoftmax` for what they do."""
 
     def scale_rows(self, hidden: Tensor, factor: Tensor, before: Tensor | None, out: Tensor) -> None:
-        """As the reference; rows whose factor is as before are left as they are."""
+        """As the reference; rows whose factor has not changed are skipped."""
         rows, width = hidden.shape
         if rows == 0:
             return
@@ -258,7 +258,7 @@ def finish_kernel(
     TILES: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Program (row): log-probability, dlogp/dhidden, the tiles' scales, and the label's entry in what is kept."""
+    """Program (row): log-probability, dlogp/dhidden, the tiles' scales, and the label's entry in the saved tile."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     valid = (label >= 0) & (label < vocab)
@@ -288,7 +288,7 @@ def finish_kernel(
         scale = tl.exp2((tl.load(slots, mask=tile < tiles, other=0.0) - top) * LOG2E) * last
         of_label = tl.where(valid & (label < tiles * tile_columns), label // tile_columns, -1)
         own_scale = tl.sum(tl.where(tile == of_label, scale, 0.0), axis=0)
-        # Where the reference has moved far since, the entry might be too large for the kept dtype.
+        # If the reference has moved far since, the entry could overflow the saved dtype.
         far = (of_label >= 0) & (gain > _LARGEST_ENTRY * own_scale)
         tl.store(slots, tl.where(far & (tile == of_label), last, scale), mask=tile < tiles)
         if of_label >= 0:
@@ -316,7 +316,7 @@ def scale_rows_kernel(
     WIDTH: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Program (row): the row of `hidden` times its factor, unless that is already there."""
+    """Program (row): the row of `hidden` times its factor, skipped if the factor has not changed."""
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factors + row)
     if before is not None:  # noqa: SIM102

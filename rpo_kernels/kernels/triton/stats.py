@@ -78,7 +78,7 @@ def row_stats(
 def row_stats_kernel(
     logits,  # [B, length, columns]
     labels,  # [B, length]
-    stats,  # RowStats of contiguous [B, length]; what is None is not computed
+    stats,  # RowStats of contiguous [B, length]; fields that are None are not computed
     partial,  # [2 or 6, splits, B * length], or None without splits
     logits_strides,
     labels_strides,
@@ -116,7 +116,7 @@ def row_stats_kernel(
     sumexp = tl.exp2((edges - top) * scale)
     sum_exp_z = tl.zeros_like(sumexp)
     sum_sq_exp = sumexp
-    # In the label's block the loop below leaves the columns before the label to what follows it.
+    # In the label's block, the columns before the label are handled after the loop below.
     label_column = label.to(tl.int64) - first_column
     label_offset = (label_column - head).to(tl.int32)
     before = tl.where(column < label_column, edges, float("-inf"))
@@ -288,7 +288,7 @@ def finish_row(stats, at, u_label, top, sumexp, sum_exp_z, sum_sq_exp, sum_z, be
     label_logit = u_label * outer
     logp = (u_label - top) * outer - tl.log(sumexp)
     z_top = top * outer
-    # sumexp belongs to the exact maximum; refer it to the rounded one that is stored, if the exponential can.
+    # sumexp is relative to the exact maximum; rescale it to the rounded one that is stored, unless that overflows.
     rounding = tl.where((sumexp > 0) & (tl.abs(z_top) < COARSE), tl.fma(top, outer, -z_top), 0.0)
     sumexp, sum_exp_z, sum_sq_exp = _lower(stats, sumexp, sum_exp_z, sum_sq_exp, rounding * LOG2E)
     z_top = tl.where(sumexp == 0, float("-inf"), z_top)
@@ -309,7 +309,7 @@ def finish_row(stats, at, u_label, top, sumexp, sum_exp_z, sum_sq_exp, sum_z, be
         z_top = new_top
         label_logit = tl.maximum(label_logit, tl.load(stats.label_logit + at))
         logp = (label_logit - z_top) - tl.log(sumexp)
-    # max() passes over NaN, the sum does not.
+    # The maximum ignores NaN, the sum does not.
     z_top = tl.where((sumexp != sumexp) & (z_top < float("inf")), sumexp, z_top)
     tl.store(stats.logp + at, logp)
     tl.store(stats.max + at, z_top)

@@ -1,4 +1,4 @@
-"""How the row kernels walk a row of logits, and how they are launched.
+"""Blocks and launch sizes of the row kernels.
 
 Columns are counted from the first 16-byte boundary in the row, so loads stay 16 bytes wide whatever the row's address;
 the few columns before it and after the last whole vector are the *edges*, one to a lane.
@@ -16,13 +16,13 @@ from ..interface import TokenOptions
 NUM_WARPS = 4
 LANES = NUM_WARPS * (64 if torch.version.hip else 32)
 MOST_STEPS = 4  # vectors a lane and block
-SPLIT_PROGRAMS = 8  # a processor, where rows alone would leave processors idle
+SPLIT_PROGRAMS = 8  # per processor, if one program per row would leave processors idle
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = ["length", "columns", "first_column", "ignore_index", "blocks"]
 
 
 class Tiling(NamedTuple):
-    """How a kernel walks a row: `lanes * steps` vectors of `vector` columns a block, blocks shared by `splits`."""
+    """Blocks of a row: `lanes * steps` vectors of `vector` columns each, divided among `splits` programs."""
 
     vector: int
     lanes: int
@@ -31,7 +31,7 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(rows: int, columns: int, vector: int, processors: int) -> Tiling:
-    """Blocks of some vectors a lane; several programs a row only where rows alone would leave processors idle."""
+    """Blocks with some vectors per lane; several programs per row only if one per row would leave processors idle."""
     vectors = triton.cdiv(columns, vector)
     steps = min(MOST_STEPS, triton.next_power_of_2(triton.cdiv(vectors, LANES)))
     blocks = triton.cdiv(vectors, LANES * steps)
