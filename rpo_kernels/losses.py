@@ -55,7 +55,7 @@ def rpo_loss(
         num_responses: K, the number of responses a prompt.
         layout: `"grouped"`: x1y1 x1y2 x2y1 x2y2; `"stacked"`: all first responses, then all second ones.
         group_ids: B integers naming each response's prompt, for groups of different sizes; replaces the former two.
-            As a tensor it is read on the host and breaks a compiled graph, an error under `fullgraph=True`; a list does
+            A tensor is read on the host, which breaks a compiled graph (an error under `fullgraph=True`); a list does
             not.
         token_weights: weight of each token in its response's sum, of the labels' shape and any type; a constant.
         cu_seqlens: `[B + 1]` int32 or int64 offsets of the packed responses.
