@@ -49,9 +49,9 @@ def SimPO(beta: float = 2.0, gamma: float = 1.0) -> RPO:
 def DistilledDPO(beta: float = 0.1, eta: float = 1.0) -> RPO:
     """Reward-model distillation (arXiv 2405.19316, eq. 7): `(beta log-ratio margin - eta reward margin)^2`.
 
-    The paper's squared error has no factor 1/2 and neither has this loss, so that its learning rates apply here. `RPO("sq")`
-    has that factor (for two responses its loss is half of this), which sqrt(2) in `beta` and `eta` cancels: the reported
-    `implicit_rewards` are sqrt(2) times `beta` times the log-ratios.
+    The paper's squared error has no factor 1/2 and neither has this loss, so that its learning rates apply here.
+    `RPO("sq")` has that factor (for two responses its loss is half of this), which sqrt(2) in `beta` and `eta`
+    cancels: the reported `implicit_rewards` are sqrt(2) times `beta` times the log-ratios.
 
     Raises:
         ValueError: if `beta` or `eta` is not positive and finite.
