@@ -24,6 +24,7 @@ def test_steps_are_commands_that_parse():
         elif "memory" in step.arguments:
             assert memory.parse(step.arguments[3:])
     assert len({step.name for step in STEPS}) == len(STEPS)
+    assert gpu.TOTAL_SECONDS + gpu.GRACE_SECONDS < 600
 
 
 def test_a_step_goes_on_after_a_lost_device_and_stops_in_time(tmp_path, capfd):

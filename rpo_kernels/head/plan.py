@@ -35,6 +35,7 @@ class MemoryPlan:
     Attributes:
         chunk_rows: scored rows a chunk.
         tile_columns: columns of the vocabulary a tile; logits exist one `[chunk_rows, tile_columns]` tile at a time.
+            The vocabulary, where one product without gradients takes it whole and no logits exist.
         tiles: tiles that the vocabulary is cut into.
         kept_tiles: tiles whose `d logp / d logits` is kept for the weight's gradient; backward recomputes the others.
         kept_bytes: what waits for backward: the kept tiles, the hidden states' gradient, statistics.
