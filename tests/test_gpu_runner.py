@@ -95,7 +95,7 @@ def test_predictions_name_five_models_and_four_row_counts():
     lines = [line for line in table.splitlines() if line.startswith("| ") and "model" not in line]
     assert len(lines) == len(predictions.MODELS) * len(predictions.ROWS) == 20
     committed = (Path(__file__).parent.parent / "bench" / "notes" / "predictions-h200.md").read_text()
-    assert table == committed
+    assert table == committed, "python bench/predictions.py --out bench/notes/predictions-h200.md"
 
 
 def test_tests_that_steps_name_exist():
