@@ -156,6 +156,8 @@ def assert_same(ours: Run, theirs: Run, tolerance: float = 1e-4) -> None:
     for mine, expected in zip(ours.history, theirs.history):
         assert mine.keys() == expected.keys()
         for name, value in expected.items():
+            if name.endswith("rewards/accuracies") and abs(expected["rewards/margins"]) < 1e-6:
+                continue  # policy and reference agree, and rounding decides
             assert abs(mine[name] - value) <= tolerance * max(1.0, abs(value)), (name, mine[name], value)
     assert theirs.update > 0
     assert float((ours.weights - theirs.weights).norm()) <= 10 * tolerance * theirs.update
