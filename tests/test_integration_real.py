@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,21 +24,19 @@ VOCAB = 211
 def real(monkeypatch):
     """A function that imports a trainer's module; skips without it.
 
-    With `alone`, the packages above it are not initialised: theirs ask for libraries that need a GPU.
+    The packages in `bare` are not initialised: they ask for libraries that need a GPU, or for one version of them.
     """
 
-    def load(name, alone=False):
-        package, *inner = name.split(".")
+    def load(name, bare=()):
+        package = name.split(".")[0]
         found = importlib.util.find_spec(package)
         if found is None:
             pytest.skip(f"{package} is not installed")
-        paths = [*found.submodule_search_locations]
-        for depth in range(1, len(inner)) if alone else ():
-            path = ".".join([package, *inner[:depth]])
-            bare = types.ModuleType(path)
-            paths = [f"{place}/{inner[depth - 1]}" for place in paths]
-            bare.__path__ = paths
-            monkeypatch.setitem(sys.modules, path, bare)
+        for path in bare:
+            module = types.ModuleType(path)
+            inner = path.split(".")[1:]
+            module.__path__ = [str(Path(place, *inner)) for place in found.submodule_search_locations]
+            monkeypatch.setitem(sys.modules, path, module)
         return pytest.importorskip(name, exc_type=ImportError)
 
     return load
@@ -71,7 +70,7 @@ def compare(own, patch, logits, tolerance=1e-5):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_openrlhf(real, dtype):
-    utils = real("openrlhf.models.utils", alone=True)
+    utils = real("openrlhf.models.utils", bare=["openrlhf.models"])
     from rpo_kernels.integrations.openrlhf import patch
 
     logits, labels = make(dtype=dtype)
@@ -138,10 +137,12 @@ def test_axolotl(real):
 
 # NeMo-RL
 
+BARE = ["nemo_rl.algorithms.loss"]
+
 
 def test_nemo_rl_rewards_reach_its_batches(real):
     processors, collate = real("nemo_rl.data.processors"), real("nemo_rl.data.collate_fn")
-    real("nemo_rl.algorithms.loss.interfaces", alone=True)
+    real("nemo_rl.algorithms.loss.interfaces", bare=BARE)
     interfaces = real("nemo_rl.data.interfaces")
     from rpo_kernels.integrations.nemo_rl import carry_rewards
     from trl_trainers import tokenizer as make_tokenizer
@@ -170,7 +171,7 @@ def test_nemo_rl_rewards_reach_its_batches(real):
 
 
 def test_nemo_rl_dpo_is_its_own(real):
-    functions = real("nemo_rl.algorithms.loss.loss_functions", alone=True)
+    functions = real("nemo_rl.algorithms.loss.loss_functions", bare=BARE)
     from rpo_kernels.integrations.nemo_rl import RPOLossFn
 
     generator = torch.Generator().manual_seed(0)
