@@ -5,7 +5,10 @@ import torch
 
 from head_cases import OPTIONS, compare, count_products, error, expected, factors_for, sparse
 from rpo_kernels import linear_token_logprobs
-from rpo_kernels.head import plan
+from rpo_kernels.head import operator, plan
+from rpo_kernels.kernels import reference
+from rpo_kernels.kernels.interface import ActiveColumns, RowStats, TokenOptions
+from rpo_kernels.kernels.softmax import TileSoftmax
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 INTERPRETED = False
@@ -85,3 +88,57 @@ def test_filter_saves_products(backend, backend_device, monkeypatch, frozen):
         torch.autograd.grad(logps.sum(), wanted)
         assert least <= sum(done) / one / (2 if frozen else 3) <= most
         done.clear()
+
+
+@pytest.mark.parametrize("bad", [-3, 1500, 10**12, -(2**40)])
+@pytest.mark.parametrize("gradient_filter", [None, 0.0, 2**-9])
+def test_labels_out_of_range_where_they_are_not_checked(backend, backend_device, gradient_filter, bad, monkeypatch):
+    """On an accelerator: probability 0, all other rows and columns as they would be, no memory out of bounds."""
+    monkeypatch.setattr(operator, "check_label_range", lambda *_: None)
+    hidden, weight, bias, labels = sparse(backend_device)
+    labels[1, 3] = bad
+    factors = factors_for(labels)
+    logits = hidden.detach().double() @ weight.detach().double().T + bias.detach().double()
+    exact = logits.requires_grad_()
+    inside = labels.clamp(0, 1499) == labels
+    known = torch.where(inside, labels, 0)
+    logps = exact.log_softmax(-1).gather(-1, known[..., None])[..., 0]
+    # The label's column, which is not there, has no part in the gradient.
+    parts = torch.where(inside, logps, -exact.logsumexp(-1))
+    (grad,) = torch.autograd.grad((torch.where(labels == -100, 0, parts) * factors).sum(), exact)
+    got = linear_token_logprobs(
+        hidden, weight, labels, bias=bias, gradient_filter=gradient_filter, memory_budget="100KB", backend=backend
+    )
+    assert got[1, 3] == -torch.inf
+    others = torch.where(inside, got, 0)
+    torch.testing.assert_close(others.double(), torch.where(inside, logps, 0).detach(), rtol=2e-6, atol=5e-6)
+    grads = torch.autograd.grad(got, (hidden, weight, bias), factors)
+    wanted = grad @ weight.double(), grad.flatten(0, 1).T @ hidden.double().flatten(0, 1), grad.sum((0, 1))
+    for mine, truth in zip(grads, wanted):
+        assert error(mine, truth) < (1e-5 if not gradient_filter else 0.2)
+
+
+@pytest.mark.parametrize("first_column", [0, 256, 512])
+def test_columns_are_marked_by_their_bound(first_column):
+    """The softmax over the columns so far, with the label's term once, wherever that stands."""
+    generator = torch.Generator().manual_seed(first_column)
+    z = 3 * torch.randn(40, 768, generator=generator, dtype=torch.float64)
+    labels = torch.randint(768, (40,), generator=generator)
+    columns, rows = slice(first_column, first_column + 256), torch.arange(40)
+    label_logits = z[rows, labels]
+    before = z[:, :first_column].logsumexp(-1) if first_column else torch.full((40,), -torch.inf).double()
+    stats = RowStats(*(torch.zeros(1, 40, dtype=torch.float64) for _ in range(4)))
+    stats.max[0], stats.label_logit[0] = label_logits, label_logits
+    if first_column:
+        stats.max[0], stats.sumexp[0] = before, 1.0
+    active = ActiveColumns(torch.zeros(256, dtype=torch.uint8), 2.0**-7)
+    arguments = (stats, first_column, TokenOptions(), label_logits, active, torch.zeros(40, dtype=torch.float64))
+    TileSoftmax(reference).mark(z[:, columns].clone(), labels, *arguments)
+    inside = (labels >= first_column) & (labels < first_column + 256)
+    total = torch.logaddexp(before, z[:, columns].logsumexp(-1))
+    total = torch.where(inside | (labels < first_column), total, torch.logaddexp(total, label_logits))
+    probability = (z[:, columns] - total[:, None]).exp()
+    probability[rows[inside], labels[inside] - first_column] = 0  # labels' columns are marked beforehand
+    wanted = (probability > active.threshold).any(0)
+    near = ((probability / active.threshold - 1).abs() < 1e-9).any(0)
+    assert torch.equal((active.mask == 1) | near, wanted | near) and 0 < wanted.sum() < 256

@@ -147,7 +147,5 @@ QUICK = {
     "matmul precision": under(lambda: matmul_precision("medium")),
 }
 # For Triton's interpreter, which takes seconds: those that it could fail apart from its kernels.
-FEW = {
-    name: QUICK[name] for name in ("plain", "repeated", "differentiated twice", "accumulated", "hooks", "checkpoint")
-}
+FEW = ("plain", "repeated", "differentiated twice", "accumulated", "hooks", "checkpoint")
 COMPILED = {"compiled": compiled(False), "compiled dynamic": compiled(True)}
