@@ -18,9 +18,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULT, PATCHED, FLOAT32 = (f"RPO_KERNELS_TRL_{name}" for name in ("RESULT", "PATCHED", "FLOAT32"))
-# They need models that are not made here, or servers; Liger's kernels stay in place for the tests after theirs.
-LEFT_OUT = " and ".join(f"not {name}" for name in ("vlm", "VLM", "vision", "Vision", "multimodal", "vllm", "liger"))
+# They need models that are not made here, or servers.
+LEFT_OUT = " and ".join(f"not {name}" for name in ("vlm", "VLM", "vision", "Vision", "multimodal", "vllm"))
 # Metrics of time, and those that only count.
 _NOT_COMPARED = ("time", "_per_second", "runtime", "epoch", "num_tokens", "total_flos", "learning_rate")
 
@@ -30,6 +32,8 @@ _running = ""
 
 def pytest_configure() -> None:
     """Let the tests' helpers import from another version of TRL, patch it if asked to, and record what trainers log."""
+    if not torch.cuda.is_available():  # Liger's kernels need a GPU, and stay in place for the tests after theirs
+        sys.modules["liger_kernel"] = None  # type: ignore[assignment]
     import transformers
 
     import_utils = importlib.import_module("trl.import_utils")
@@ -148,7 +152,6 @@ def main() -> None:
     if args.float32:
         os.environ[FLOAT32] = "1"
 
-    import torch
     from trl_hub import make_hub
 
     folder = args.folder.resolve() / ("float32" if args.float32 else "bfloat16")
