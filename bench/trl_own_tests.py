@@ -26,7 +26,7 @@ LEFT_OUT = " and ".join(f"not {name}" for name in ("vlm", "VLM", "vision", "Visi
 # Not in every version of TRL, and imported by files with tests of other functions.
 GONE = {
     "trl.trainer.utils": ("patch_chunked_lm_head",),
-    "trl.trainer.sft_trainer": ("_chunked_cross_entropy_loss", "_patch_chunked_ce_lm_head"),
+    "trl.trainer.sft_trainer": ("_chunked_cross_entropy_loss", "_patch_chunked_ce_lm_head", "dft_loss"),
 }
 # Metrics of time, and those that only count.
 _NOT_COMPARED = ("time", "_per_second", "runtime", "epoch", "num_tokens", "total_flos", "learning_rate")
