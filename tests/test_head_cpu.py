@@ -257,3 +257,31 @@ def test_the_plan_is_that_of_the_walk(level, monkeypatch):
     assert memory_plan(1000, 640, 100_000, memory_budget="10GB") != planned
     inputs = make(40, 24, 100)
     assert_close(run(*inputs), expected(*inputs))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(shift=True), dict(shift=True, softcap=6.0, temperature=0.4, logit_scale=1.7)],
+    ids=["plain", "capped"],
+)
+@pytest.mark.parametrize("budget", [0, "1GB"], ids=["recomputed", "kept"])
+def test_batches_that_predict_the_next_token(level, small_tiles, options, budget):
+    """Labels beside the input ids, some of them ignored: row t - 1 predicts label t."""
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight, labels, factors = make(60, 24, 300)
+    hidden, labels, factors = hidden.view(5, 12, 24), labels.view(5, 12), factors.view(5, 12)
+    labels[torch.rand(5, 12, generator=generator) < 0.4] = -100
+    inputs = hidden, weight, labels, factors
+    assert_close(run(*inputs, memory_budget=budget, **options), expected(*inputs, **options), 2e-5)
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.25), dict(logit_scale=3.0)], ids=str)
+def test_the_filters_threshold_is_on_the_gradient_of_the_logits(level, options):
+    """A column stays out if `|dlogp / dlogit|`, the transform's slope included, is at most the threshold."""
+    hidden, weight, labels, factors = make(64, 32, 700, spread=3.0)
+    slope, threshold = options.get("logit_scale", 1.0) / options.get("temperature", 1.0), 2**-6
+    probabilities = (slope * (hidden.double() @ weight.double().T)).softmax(-1)
+    _, _, (_, grad_weight) = run(hidden, weight, labels, factors, gradient_filter=threshold, memory_budget=0, **options)
+    left_out = grad_weight.abs().sum(-1) == 0
+    slopes = slope * probabilities.scatter(1, labels[:, None], 1.0).amax(0)
+    assert 20 < left_out.sum() and (slopes[left_out] <= threshold).all() and slopes[left_out].max() > threshold / 4
