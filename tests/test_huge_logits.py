@@ -76,8 +76,6 @@ def test_huge_logits_of_long_rows():
 @pytest.mark.parametrize("budget", [0, "1MB"])
 def test_huge_logits_of_a_head(dtype, budget, backend, small_tiles):
     """Products far above the rest, kept and recomputed: certain tokens, with finite gradients."""
-    if backend == "native" and dtype == torch.bfloat16:
-        backend = "torch"  # the fused walk of these CPUs states no logits of this size
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(20, 16, generator=generator).to(dtype)
     weight = torch.randn(600, 16, generator=generator).to(dtype)
@@ -92,3 +90,14 @@ def test_huge_logits_of_a_head(dtype, budget, backend, small_tiles):
     grads = torch.autograd.grad(logps.sum(), leaves)
     for grad, wanted in zip(grads, torch.autograd.grad(expected.sum(), exact)):
         assert (grad.double() - wanted).norm() <= 1e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("size", [1e3, 1e4, 1e6])
+def test_labels_far_below_the_rest_of_a_head(size, backend):
+    """Their log-probability is as finite as their logit, though their probability is no number of any type."""
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16() for n in (4, 600))
+    hidden[:, 0], weight[:, 0], weight[7, 0] = size, 0, 1
+    expected = (hidden.double() @ weight.double().T).log_softmax(-1)[:, 9]
+    logps = linear_token_logprobs(hidden, weight, torch.full((4,), 9), backend=backend)
+    torch.testing.assert_close(logps.double(), expected, rtol=2e-6, atol=1e-5)

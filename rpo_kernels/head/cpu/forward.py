@@ -98,9 +98,9 @@ class _Chunk:
     def stats(self) -> Tensor:
         """Of the finished rows: logp, reference, scale, label gain. `p = scale * P`, without a transform's slope."""
         others, reference = self.sum[: self.rows], self.reference[: self.rows].double()
-        logp = -torch.log1p(others * torch.exp2(-self.above))
-        # Where the label has no weight at all, 1 + infinity is no help.
-        logp = torch.where(self.bits == -math.inf, -math.inf * (others > 0).double(), logp)
+        # From logarithms: of a label far below the other columns the ratio would overflow.
+        ratio = others.double().log() - self.above * math.log(2)
+        logp = -torch.logaddexp(torch.zeros_like(ratio), ratio)
         scale = (self.options.logit_scale / self.options.temperature) / (others + torch.exp2(self.above))
         return torch.stack((logp, reference, scale, -torch.expm1(logp) * self.slope)).float()
 
