@@ -284,4 +284,4 @@ def test_the_filters_threshold_is_on_the_gradient_of_the_logits(level, options):
     _, _, (_, grad_weight) = run(hidden, weight, labels, factors, gradient_filter=threshold, memory_budget=0, **options)
     left_out = grad_weight.abs().sum(-1) == 0
     slopes = slope * probabilities.scatter(1, labels[:, None], 1.0).amax(0)
-    assert 20 < left_out.sum() and (slopes[left_out] <= threshold).all() and slopes[left_out].max() > threshold / 4
+    assert left_out.sum() > 20 and (slopes[left_out] <= threshold).all() and slopes[left_out].max() > threshold / 4
