@@ -202,3 +202,15 @@ def test_bad_preset_arguments_are_named():
         CDPO(epsilon=0.5)
     with pytest.raises(ValueError, match="beta"):
         IPO(beta=0.0)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.5, -0.1, 1.0])
+def test_label_noise_lies_between_none_and_a_half(epsilon):
+    with pytest.raises(ValueError, match="epsilon must lie in"):
+        CDPO(epsilon=epsilon)
+
+
+def test_defaults_of_distilled_dpo():
+    """`(0.1 log-ratio margin - reward margin)^2`."""
+    losses = DistilledDPO()(torch.tensor([[30.0, 10.0]]), torch.tensor([[1.0, 0.5]]))
+    torch.testing.assert_close(losses, torch.tensor([(0.1 * 20 - 0.5) ** 2]))

@@ -129,8 +129,9 @@ class RowStats(NamedTuple):
     def output(self, name: str, vocab: int) -> Tensor:
         """The output of a finished row over `vocab` columns; 0 where not scored.
 
-        `entropy` in nats, `mean_logit` of the transformed logits, `is_top1` (1 where the label's logit is the largest,
-        of equal ones the first, else 0), `log_sum_sq_probs` (log of the sum of squared probabilities).
+        `entropy` in nats, `mean_logit` of the transformed logits (infinite where their sum is), `is_top1` (1 where the
+        label's logit is the largest, of equal ones the first, else 0), `log_sum_sq_probs` (log of the sum of squared
+        probabilities).
         """
         field = getattr(self, OUTPUT_FIELDS[name])
         if name == "entropy":
