@@ -2,7 +2,7 @@
 
 Needs no whole trainer, only what the module named imports: `pip install --no-deps` of openrlhf, llamafactory, ms-swift
 and axolotl, NeMo-RL from its repository, then what is missing. Tried with OpenRLHF 0.11.2, LLaMA-Factory 0.9.5,
-ms-swift 4.6.0, axolotl 0.19.0 and NeMo-RL 7ea279ab.
+ms-swift 4.6.0, axolotl 0.19.0 and NeMo-RL 7ea279ab (with transformers 5.11, which it asks for).
 """
 
 import importlib
