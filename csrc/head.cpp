@@ -1,9 +1,9 @@
-// The kernels of head.h, for AVX-512 with bfloat16 products. Threads share out panels of rows, in which columns come in
-// their order, or strips of columns, over which all rows are summed in theirs: so bits do not depend on the threads.
+// The kernels of head.h, for AVX-512 with bfloat16 products. Threads process panels of rows, whose columns are added in
+// order, or strips of columns, whose rows are added in order: so bits do not depend on the threads.
 //
-// A strip of the packed weight meets a panel of packed hidden states in 28 registers of sums; the softmax is taken on
-// these, and what the two later products read is written at once in their layouts. One row in each lane: sums over
-// columns need no shuffles.
+// A strip of the packed weight times a panel of packed hidden states gives 28 registers of logits. The softmax is taken
+// on these, and the operands of the two later products are written in their layouts. Each lane holds one row, so that
+// sums over columns need no shuffles.
 
 #include "head.h"
 
@@ -37,9 +37,9 @@ void pack_weight(const Workers& workers, const Matrix& m, uint32_t* rows, uint32
   });
 }
 
-// ---- logits and what becomes of them
+// ---- logits and their softmax
 
-// Where a strip stands: its panel of rows, and the packed pairs of the block's columns so far.
+// Position of a strip: its panel of rows, and the packed pairs of the block's columns so far.
 struct Place {
   int64_t panel, strip;
   uint32_t* pairs;       // of the block, [block * 7][32]
@@ -63,7 +63,7 @@ RPO_INLINE void write(const HeadTile& t, const Shape& shape, const Place& place,
   else write<false>(strip, unit, pairs);
 }
 
-// Adds the block's part in the gradient of the hidden states.
+// Adds the block's contribution to the gradient of the hidden states.
 void add_gradient(const HeadTile& t, const Shape& shape, int64_t panel, int64_t first_strip, const uint32_t* pairs) {
   const int64_t first = first_strip * kStrip / 2;
   const int64_t count = smaller(shape.block * kStrip / 2, shape.pairs - first);
@@ -92,22 +92,22 @@ RPO_INLINE void walk(const HeadTile& t, const Shape& shape, int64_t first_panel,
       }
       if (t.pairs) add_gradient(t, shape, panel, block, pairs);
     }
-  if (t.stream) _mm_sfence();  // before other threads read what was written past the caches
+  if (t.stream) _mm_sfence();  // before other threads read the non-temporal stores
 }
 
 // ---- forward
 
-// A panel's sums of one tile, and what they are compared with: the sum of all columns before, label included.
+// A panel's sums of one tile, and the sum of all columns before it, label included.
 struct PanelSums {
   alignas(64) float reference[kPanel], before[kPanel], sum[kPanel];
-  alignas(64) float weighted[kPanel], total[kPanel], squares[kPanel];  // as in OutputRows
+  alignas(64) float sum_exp_z[kPanel], sum_z[kPanel], sum_sq_exp[kPanel];  // as in OutputRows
 
   void begin(const RunningRows& rows, int64_t panel) {
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const int64_t row = panel * kPanel + lane;
       reference[lane] = rows.reference[row];
       before[lane] = float(rows.sum[row]);
-      sum[lane] = weighted[lane] = total[lane] = squares[lane] = 0;
+      sum[lane] = sum_exp_z[lane] = sum_z[lane] = sum_sq_exp[lane] = 0;
     }
     const Floats label = load(rows.label + panel * kPanel) - load(reference);
     ::store(before, load(before) + exp2(label));
@@ -116,16 +116,16 @@ struct PanelSums {
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const int64_t row = panel * kPanel + lane;
       rows.sum[row] += double(sum[lane]);
-      if (!rows.outputs.weighted) continue;
-      rows.outputs.weighted[row] += double(weighted[lane]);
-      rows.outputs.total[row] += double(total[lane]);
-      rows.outputs.squares[row] += double(squares[lane]);
+      if (!rows.outputs.sum_exp_z) continue;
+      rows.outputs.sum_exp_z[row] += double(sum_exp_z[lane]);
+      rows.outputs.sum_z[row] += double(sum_z[lane]);
+      rows.outputs.sum_sq_exp[row] += double(sum_sq_exp[lane]);
     }
   }
   RPO_INLINE static Floats load(const float* x) { return ::load(x); }
 };
 
-// Moves the references of the rows whose `top`, in bits, lies too high, and with them all that is relative to them.
+// Moves the references of the rows whose `top`, in bits, lies too high, and rescales all that is relative to them.
 __attribute__((noinline)) void move_references(const HeadTile& t, const Shape& shape, const RunningRows& rows,
                                                const Place& place, Floats top, PanelSums& sums) {
   const Floats old = load(sums.reference), above = {(Vector)_mm512_ceil_ps((__m512)top.a),
@@ -134,17 +134,17 @@ __attribute__((noinline)) void move_references(const HeadTile& t, const Shape& s
   alignas(64) float factor[kPanel];
   store(factor, select(reference > old, exp2(old - reference), 1.0f));
   const Floats by_lane = load(factor), step = select(reference > old, reference - old, 0.0f);
-  store(sums.weighted, (load(sums.weighted) - step * load(sums.sum)) * by_lane);
-  store(sums.squares, load(sums.squares) * by_lane * by_lane);
+  store(sums.sum_exp_z, (load(sums.sum_exp_z) - step * load(sums.sum)) * by_lane);
+  store(sums.sum_sq_exp, load(sums.sum_sq_exp) * by_lane * by_lane);
   store(sums.reference, reference);
   store(sums.before, load(sums.before) * by_lane);
   store(sums.sum, load(sums.sum) * by_lane);
   for (int64_t lane = 0; lane < kPanel; ++lane) {
     const int64_t row = place.panel * kPanel + lane;
-    if (rows.outputs.weighted) {
+    if (rows.outputs.sum_exp_z) {
       const double moved = factor[lane] < 1 ? double(sums.reference[lane]) - double(rows.reference[row]) : 0;
-      rows.outputs.weighted[row] = (rows.outputs.weighted[row] - moved * rows.sum[row]) * double(factor[lane]);
-      rows.outputs.squares[row] *= double(factor[lane]) * double(factor[lane]);
+      rows.outputs.sum_exp_z[row] = (rows.outputs.sum_exp_z[row] - moved * rows.sum[row]) * double(factor[lane]);
+      rows.outputs.sum_sq_exp[row] *= double(factor[lane]) * double(factor[lane]);
     }
     rows.reference[row] = sums.reference[lane];
     rows.sum[row] *= double(factor[lane]);
@@ -177,8 +177,8 @@ __attribute__((noinline)) void move_references(const HeadTile& t, const Shape& s
 RPO_INLINE void note_tops(const HeadTile& t, const OutputRows& rows, const Place& place, const Strip& strip,
                           Floats top) {
   const int64_t first = place.strip * kStrip, panel = place.panel * kPanel;
-  float* const before = rows.top_before + panel;
-  float* const after = rows.top_after + panel;
+  float* const before = rows.max_before_label + panel;
+  float* const after = rows.max_after_label + panel;
   const int32_t* const labels = t.labels + panel;
   if (__builtin_expect(strip.masked, 0)) {
     for (int64_t lane = 0; lane < kPanel; ++lane) {
@@ -197,13 +197,13 @@ RPO_INLINE void note_tops(const HeadTile& t, const OutputRows& rows, const Place
   store(after, select(is_before, load(after), maximum(top, load(after))));
 }
 
-// Turns logits into weights, adds them up, marks columns.
+// Computes weights from logits, sums them, marks columns.
 template <bool kOutputs, class Transform>
 RPO_INLINE void weigh_forward(const Transform& transform, const RunningRows& rows, const Place& place, bool keep,
                               PanelSums& sums, Strip& strip) {
   const Floats reference = load(sums.reference), limit = (load(sums.before) + load(sums.sum)) * rows.threshold;
   uint8_t* const marks = rows.marks ? rows.marks + place.strip * kStrip : nullptr;
-  Floats even = 0.0f, odd = 0.0f, weighted = 0.0f, total = 0.0f, squares = 0.0f;
+  Floats even = 0.0f, odd = 0.0f, sum_exp_z = 0.0f, sum_z = 0.0f, sum_sq_exp = 0.0f;
   RPO_UNROLL for (int r = 0; r < kStrip; ++r) {
     const Floats x = load(strip.x[r]);
     Floats steepness, bits = transform.bits(x, reference, steepness), weight = exp2(bits);
@@ -213,20 +213,20 @@ RPO_INLINE void weigh_forward(const Transform& transform, const RunningRows& row
     if (kOutputs) {
       Floats z = transform.absolute_bits(x, bits, reference);
       if (__builtin_expect(strip.masked, 0)) z = masked(load(strip.live[r]), z);
-      total = total + z;
-      weighted = weighted + masked(weight > 0.0f, weight * bits);  // not 0 * -inf
-      squares = multiply_add(weight, weight, squares);
+      sum_z = sum_z + z;
+      sum_exp_z = sum_exp_z + masked(weight > 0.0f, weight * bits);  // not 0 * -inf
+      sum_sq_exp = multiply_add(weight, weight, sum_sq_exp);
     }
     if (keep) store(strip.x[r], weight * steepness);
   }
   store(sums.sum, load(sums.sum) + (even + odd));
   if (!kOutputs) return;
-  store(sums.weighted, load(sums.weighted) + weighted);
-  store(sums.total, load(sums.total) + total);
-  store(sums.squares, load(sums.squares) + squares);
+  store(sums.sum_exp_z, load(sums.sum_exp_z) + sum_exp_z);
+  store(sums.sum_z, load(sums.sum_z) + sum_z);
+  store(sums.sum_sq_exp, load(sums.sum_sq_exp) + sum_sq_exp);
 }
 
-// Adds to `dropped` the weights of a panel in the columns without a mark.
+// Adds the weights of a panel in the unmarked columns to `dropped`.
 void add_dropped(const HeadTile& t, const Shape& shape, const RunningRows& rows, int64_t panel) {
   __m512 even = _mm512_setzero_ps(), odd = even;
   for (int64_t column = 0; column < t.column_count; ++column) {
@@ -273,7 +273,7 @@ void forward_of(const Workers& workers, const HeadTile& t, const RunningRows& ro
 }
 
 void forward(const Workers& workers, const HeadTile& t, const RunningRows& rows) {
-  if (rows.outputs.weighted) forward_of<true>(workers, t, rows);
+  if (rows.outputs.sum_exp_z) forward_of<true>(workers, t, rows);
   else forward_of<false>(workers, t, rows);
 }
 
@@ -289,13 +289,14 @@ void backward_with(const Workers& workers, const HeadTile& t, const FinishedRows
     walk(t, shape, first, last, [&](const Place& place, Strip& strip) __attribute__((always_inline)) {
       const Floats reference = load(rows.reference + place.panel * kPanel);
       const Floats factor = load(rows.factor + place.panel * kPanel);
-      const Floats tilt = kEntropy ? load(rows.tilt + place.panel * kPanel) : 0.0f;
-      const Floats offset = kEntropy ? load(rows.offset + place.panel * kPanel) : 0.0f;
+      const Floats entropy_factor = kEntropy ? load(rows.entropy_factor + place.panel * kPanel) : 0.0f;
+      const Floats entropy_offset = kEntropy ? load(rows.entropy_offset + place.panel * kPanel) : 0.0f;
       RPO_UNROLL for (int r = 0; r < kStrip; ++r) {
         Floats steepness, bits = transform.bits(load(strip.x[r]), reference, steepness), weight = exp2(bits);
         if (__builtin_expect(strip.masked, 0)) weight = masked(load(strip.live[r]), weight);
         Floats slope = factor;
-        if (kEntropy) slope = select(weight > 0.0f, multiply_add(tilt, bits + offset, factor), factor);  // not 0 * -inf
+        if (kEntropy)  // not 0 * -inf
+          slope = select(weight > 0.0f, multiply_add(entropy_factor, bits + entropy_offset, factor), factor);
         store(strip.x[r], weight * steepness * slope);
       }
     });
@@ -309,7 +310,7 @@ void backward_of(const Workers& workers, const HeadTile& t, const FinishedRows& 
 }
 
 void backward(const Workers& workers, const HeadTile& t, const FinishedRows& rows) {
-  if (rows.tilt) backward_of<true>(workers, t, rows);
+  if (rows.entropy_factor) backward_of<true>(workers, t, rows);
   else backward_of<false>(workers, t, rows);
 }
 

@@ -1,7 +1,7 @@
-// The head level on a CPU with bfloat16 units: products of hidden states and head, with the softmax inside.
+// The LM head on a CPU with bfloat16 units: products of hidden states and head, with the softmax inside.
 //
-// What native.cpp (the interface) and head.cpp (the kernels) share. Operands are packed into these layouts, in pairs of
-// bfloat16 (one 32-bit word each), zeros beyond the edges; everything begins at a multiple of 64 bytes:
+// Types shared by native.cpp (interface) and head.cpp (kernels). Operands are packed into these layouts, in pairs of
+// bfloat16 (one 32-bit word each), padded with zeros; all are aligned to 64 bytes:
 //
 //     lanes    [panels][width / 2][32]            hidden states for the logits: a panel of 32 rows, one in each lane
 //     rows     [strips][width / 32][14][16]       the weight for the logits: strips of 14 columns of the vocabulary
@@ -27,7 +27,7 @@ struct Matrix {
   int64_t stride, rows, width;
 };
 
-// A tile of logits: packed operands, and what else they depend on.
+// A tile of logits: packed operands, other inputs, and results.
 struct HeadTile {
   const uint32_t* lanes;
   const uint32_t* rows;
@@ -38,20 +38,20 @@ struct HeadTile {
   uint32_t* unit;          // written, or null
   int64_t row_count, column_count, width;
   TokenTransform options;
-  int32_t stream;          // whether `unit` is written past the caches: nothing reads it before backward
+  int32_t stream;          // whether `unit` is written past the caches: it is read in backward only
 };
 
-// What outputs beside the log-probability take, over all columns but the label's; each [rows], all null without.
+// Sums for outputs beside the log-probability, over all columns but the label's; each [rows], all null without outputs.
 struct OutputRows {
-  double* weighted;  // sum of P (z - reference), in bits
-  double* total;     // sum of z, in bits
-  double* squares;   // sum of P^2
-  float *top_before, *top_after;  // largest logits, not transformed, before and after the label's column
+  double* sum_exp_z;  // sum of P (z - reference), in bits
+  double* sum_z;     // sum of z, in bits
+  double* sum_sq_exp;   // sum of P^2
+  float *max_before_label, *max_after_label;  // largest logits, not transformed, before and after the label's column
   float* at_label;                // the label's logit, not transformed, as this product rounds it
 };
 
 // Running softmax of the rows over all columns but the label's, relative to 2^reference. The reference is an integer,
-// so that moving it rounds nothing, and moves when a logit lies ten bits above it.
+// so that moving it is exact, and is moved when a logit lies ten bits above it.
 struct RunningRows {
   float* reference;    // [rows]; `unit` of the tile is relative to what it is after the tile
   double* sum;         // [rows]
@@ -62,10 +62,10 @@ struct RunningRows {
   OutputRows outputs;
 };
 
-// unit = (factor + tilt (z - reference + offset)) P for each row, 0 at its label; the tilt is the entropy's share.
+// unit = (factor + entropy_factor (z - reference + entropy_offset)) P for each row, 0 at its label.
 struct FinishedRows {
   const float *reference, *factor;
-  const float *tilt, *offset;  // or null
+  const float *entropy_factor, *entropy_offset;  // null: no gradient of the entropy
 };
 
 // unit^T elements, and gain * hidden at the rows' labels; row i of it goes to row index[i] (null: i) of a matrix of the

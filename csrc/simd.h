@@ -61,7 +61,7 @@ RPO_INLINE Floats select(Ints mask, Floats x, Floats y) { return {select(mask.a,
 RPO_INLINE Floats absolute(Floats x) { return masked({0x7fffffff - IntVector{}, 0x7fffffff - IntVector{}}, x); }
 RPO_INLINE IntVector shift_right(IntVector x, int count) { return (IntVector)((WordVector)x >> count); }
 
-// ---- per vector level. maximum(x, y) is x > y ? x : y, so y if either is NaN; stream stores past the caches (p aligned)
+// ---- per vector level. maximum(x, y) is x > y ? x : y, so y if either is NaN; stream(p, v) bypasses the caches
 
 #if defined(__AVX512F__)
 RPO_INLINE bool any(IntVector mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }

@@ -1,4 +1,4 @@
-// What becomes of a strip of logits, 14 columns x 32 rows: weights 2^(z - reference), one row in each lane.
+// A strip of logits, 14 columns x 32 rows, and its weights 2^(z - reference); each lane holds one row.
 #pragma once
 
 #include "head.h"
@@ -10,7 +10,7 @@ constexpr double kLog2e = 1.44269504088896341;
 constexpr float kMargin = 10.0f;  // bits that a logit may lie above its row's reference
 
 struct Strip {
-  alignas(64) float x[kStrip][kPanel];      // logits, then what is made of them
+  alignas(64) float x[kStrip][kPanel];      // logits, then weights
   alignas(64) int32_t live[kStrip][kPanel];  // with `masked`: 0 for labels and beyond the last column, else -1
   alignas(64) float at_label[kPanel];        // with `masked`, of rows whose label is here: its logit
   bool masked;
@@ -71,7 +71,7 @@ struct SoftCapped {
 
 // ---- the strip
 
-// Takes the sums of a product as logits; notes which of them are no weights of their row.
+// Fills the strip with the sums of a product as logits, and masks labels and columns beyond the last.
 RPO_INLINE void fill(Strip& strip, const Sums& sums, const float* bias, int64_t columns, const int32_t* labels,
                      int64_t first_column) {
   store(sums, strip.x[0]);
@@ -100,7 +100,7 @@ RPO_INLINE Floats top_of(const Strip& strip) {
   return top;
 }
 
-// The strip as bfloat16: a row of 32 for each column in `unit`, a pair of columns for each row in `pairs`; null: not.
+// Writes the strip as bfloat16, unless null: a row of 32 for each column to `unit`, a pair of columns per row to `pairs`.
 template <bool kStream>
 RPO_INLINE void write(const Strip& strip, uint32_t* unit, uint32_t* pairs) {
   const auto put = [](uint32_t* to, __m512i x) __attribute__((always_inline)) {

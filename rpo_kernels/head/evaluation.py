@@ -1,4 +1,4 @@
-"""The walk without gradients on narrow heads: one product with the softmax inside, of which no logits remain."""
+"""Narrow heads without gradients: one product with the softmax in its epilogue, which materialises no logits."""
 
 import importlib
 
@@ -12,7 +12,7 @@ from .tiles import Head
 
 
 def serves(head: Head, needs: Needs) -> bool:
-    """Whether this call is one that `memory_plan` planned for this walk."""
+    """Whether `memory_plan` chose this implementation for the call."""
     if needs.hidden or needs.weight or needs.bias or needs.outputs:
         return False
     weight, capped = head.weight, head.options.softcap is not None

@@ -8,10 +8,10 @@ import torch
 
 CHUNK_ROWS, LEAST_ROWS = 8192, 1024
 COLUMNS = 128  # of a block at least: two float32 numbers a row and block
-# By the cost model (bench/predictions.py), of which nothing was measured: the widest head of which the time that its
-# product loses to cuBLAS's is less than what the logits take to memory and back.
+# By the cost model (bench/predictions.py), not measured: the widest head whose product loses less time to cuBLAS's than
+# writing and reading the logits takes.
 WIDEST = 1536
-_MODELLED = 9  # the compute capability of which the model speaks
+_MODELLED = 9  # compute capability of the cost model
 _SMALL = 2048  # tensors of a few numbers
 
 
@@ -24,7 +24,7 @@ def serves(
 
 
 def pays(device: torch.device, dtype: torch.dtype, width: int, capped: bool) -> bool:
-    """Whether the model predicts less time than a product and a pass over its logits; with a softcap it does not."""
+    """Whether the cost model predicts less time than for a product and a pass over its logits (not with a softcap)."""
     if device.type != "cuda" or torch.version.hip or dtype.itemsize != 2:
         return False
     return width <= WIDEST and not capped and _capability(device) == _MODELLED
@@ -32,13 +32,13 @@ def pays(device: torch.device, dtype: torch.dtype, width: int, capped: bool) -> 
 
 @functools.cache
 def _capability(device: torch.device) -> int:
-    """Its first number; of a GPU that is not here, that of the model's."""
+    """Its major number; without a GPU, that of the cost model."""
     return torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else _MODELLED
 
 
 @dataclass(frozen=True)
 class EvaluationWork:
-    """Sizes of one call, and the bytes of what the walk allocates for it."""
+    """Sizes of one call, and the bytes that it allocates."""
 
     rows: int
     positions: int

@@ -1,6 +1,6 @@
-"""Memory planner of the head level: how to cut the work, what to keep for backward, and what that costs.
+"""Memory planner of the LM head: chunks and tiles, what to save for backward, and the cost.
 
-Pure arithmetic: the walk carries out what is planned here, and the command line predicts from it.
+Pure arithmetic: forward and backward follow the plan, and the command line predicts from it.
 """
 
 import bisect
@@ -20,8 +20,10 @@ from .evaluation_plan import EvaluationWork
 
 EDGE = 256  # tiles of the vocabulary begin at multiples of this
 LEAST_KEPT = 1 / 16  # of the columns: keeping fewer saves less than larger tiles do
-DENSE_SHARE = 0.6  # above this share of active columns, a dense product over all costs less than gathering them
-# Rows a chunk and columns a tile before the budget speaks, and at least: large enough for GEMMs at full rate, on a CPU
+DENSE_SHARE = (
+    0.6  # above this share of active columns, a product over all columns costs less than gathering the active ones
+)
+# Rows of a chunk and columns of a tile, at most and at least: large enough for GEMMs at full rate, on a CPU
 # small enough that a tile of logits is still in the last-level cache when the row kernels read it.
 _SHAPES = {"cpu": ((1024, 4096), (128, EDGE))}
 _ACCELERATOR_SHAPES = ((8192, 8192), (1024, 2048))
@@ -80,13 +82,13 @@ def memory_plan(
     backend: str | None = None,
     weight_aligned: bool = True,
 ) -> MemoryPlan:
-    """Plan the head level's work within a memory budget.
+    """Plan the LM head's work within a memory budget.
 
     Args:
         rows: scored label positions.
         hidden, vocab: H and V, the weight's dimensions.
         dtype: of hidden states and weight.
-        needs_hidden, needs_weight: what needs a gradient.
+        needs_hidden, needs_weight: which inputs need a gradient.
         positions: label positions, scored or not; default `rows`.
         memory_budget: bytes, `"512MB"` (10^6), `"1GiB"` (2^30), or None for a quarter of the device's free memory. It
             bounds `peak_bytes`. A budget below the least that the work needs gives a plan within an eighth of that
@@ -111,7 +113,7 @@ def memory_plan(
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     budget = parse_budget(memory_budget, device)
     sizes = rows, rows if positions is None else positions, hidden, vocab
-    # A filter and the entropy's gradient leave all to backward.
+    # With a filter or the entropy's gradient, backward computes all gradients.
     of_entropy = entropy_grad and "entropy" in outputs and (needs_hidden or needs_weight)
     filtered = gradient_filter is not None
     needs = needs_hidden, needs_weight
@@ -159,10 +161,9 @@ def _plan(work: "CpuWork | EvaluationWork | _Work", budget: int) -> MemoryPlan:
 def _choose(work: "CpuWork | EvaluationWork | _Work", budget: int) -> tuple[int, int, int]:
     """Rows a chunk, columns a tile, and tiles kept.
 
-    A shape is taken once it needs no more than half of what the budget leaves beyond the least; but not while a
-    smaller one, with the budget up to there, keeps more columns, so that a larger budget never costs more products.
-    Where hardly a column can be kept, the largest shape that fits is worth more. A budget that cannot be met may be
-    exceeded by an eighth of the least.
+    A shape is chosen if it needs at most half of the budget beyond the minimum; but not while a smaller one, within
+    that budget, saves more columns, so that a larger budget never costs more products. If hardly a column can be
+    saved, the largest shape that fits is chosen. A budget below the minimum may be exceeded by an eighth of that.
     """
     *larger, least = work.shapes
     least_bytes = work.peak_bytes(*least, 0)
@@ -195,7 +196,7 @@ def _kept_tiles(work: "CpuWork | EvaluationWork | _Work", chunk: int, tile: int,
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which GEMMs read their operands.
+    """The dtype of the GEMMs' operands.
 
     A CPU product of half-precision operands rounds its result to half precision; of the same numbers in float32 it is
     exact to float32 and, where the CPU lacks matrix units, several times faster.
@@ -205,7 +206,7 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Work:
-    """Sizes of one call, and the bytes of what the walk allocates for it."""
+    """Sizes of one call, and the bytes that it allocates."""
 
     rows: int
     positions: int
@@ -213,8 +214,8 @@ class _Work:
     vocab: int
     needs_hidden: bool
     needs_weight: bool
-    filtered: bool  # or all left to backward for the entropy's gradient
-    item: int  # bytes of an element of hidden states, weight and what is kept
+    filtered: bool  # or the entropy's gradient: backward computes all gradients
+    item: int  # bytes of an element of hidden states, weight and saved P
     operand: int  # bytes of an element as GEMMs read it
     exact: int  # bytes of an element of logits, statistics and accumulated gradients
     capped: bool
@@ -223,7 +224,7 @@ class _Work:
 
     @property
     def deferred(self) -> bool:
-        """Whether all gradients are left to backward."""
+        """Whether backward computes all gradients."""
         return self.filtered
 
     @property
@@ -289,7 +290,7 @@ class _Work:
         return saved + max(share + sums, gathered + sums + max(gathering, scaled + of_tile) - not_yet)
 
     def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
-        """What waits between the passes."""
+        """Bytes saved for backward."""
         size = _SMALL + self.rows * (8 + 5 * self.exact) + self.positions * self.exact
         size += self.rows * self.hidden * self.exact * (self.needs_hidden and not self.filtered)
         if self.filtered:

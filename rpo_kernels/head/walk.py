@@ -1,4 +1,4 @@
-"""The walks over the head's logits, of which one serves a call: forward to log-probabilities, backward to gradients."""
+"""Choice of the implementation of forward and backward: tiles of torch GEMMs, one fused product, or C++ on the CPU."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from .tiles import Head
 
 
 class Walk(NamedTuple):
-    """One way to go from hidden states to log-probabilities and back.
+    """One implementation of the LM head.
 
-    forward(head, rows, plan, needs) gives the scored rows' results and what backward reads. backward(head, saved,
-    labels, grad_logps, grad_entropy, needs) gives the gradients of the hidden states, weight and bias; empty where not
-    needed.
+    forward(head, rows, plan, needs) returns the scored rows' results and the tensors saved for backward.
+    backward(head, saved, labels, grad_logps, grad_entropy, needs) returns the gradients of the hidden states, weight
+    and bias; empty where not needed.
     """
 
     forward: Callable[..., Forward]
@@ -28,7 +28,7 @@ class Walk(NamedTuple):
 
 
 def walk_for(head: Head, needs: Needs) -> Walk:
-    """The walk that serves this head."""
+    """The implementation for a call."""
     if native_head.serves(head.weight.device.type, head.weight.dtype, head.backend):
         return Walk(cpu_forward.forward, cpu_backward.backward)
     if evaluation.serves(head, needs):

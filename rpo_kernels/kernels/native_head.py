@@ -1,7 +1,7 @@
-"""The head level's tiles in C++ on CPUs with bfloat16 units: packed operands, products with the softmax inside.
+"""Tiles of the LM head in C++ on CPUs with bfloat16 units: packed operands, products with the softmax inside.
 
 Layouts and arithmetic: csrc/head.h. A tile is all rows of a chunk by some columns of the vocabulary; with
-`P = exp(z - reference)`, 0 at each row's label, `forward` sums P over the columns and `backward` makes it again.
+`P = exp(z - reference)`, 0 at each row's label, `forward` sums P over the columns and `backward` recomputes it.
 """
 
 import functools
@@ -24,7 +24,7 @@ def reason() -> str | None:
     try:
         if native.has_head():
             return None
-    except ValueError as error:  # the variable names a level that does not run here
+    except ValueError as error:  # the variable names a vector level that is not available
         return str(error)
     best = native.levels()[0]
     if best == "avx512bf16":
@@ -33,7 +33,7 @@ def reason() -> str | None:
 
 
 def describe() -> str:
-    """Which products the head level uses for bfloat16 operands on the CPU, and why, in words."""
+    """The LM head's products for bfloat16 operands on the CPU, and the reason, in words."""
     why_not = reason()
     if why_not is None:
         return f"bfloat16 operands, float32 results, softmax inside ({native.level()})"
@@ -41,14 +41,14 @@ def describe() -> str:
 
 
 def serves(device_type: str, dtype: torch.dtype, backend: str | None) -> bool:
-    """Whether the head level of such operands runs here."""
+    """Whether these kernels take such operands on this machine."""
     if device_type != "cpu" or dtype != torch.bfloat16 or backend not in (None, "native"):
         return False
     return reason() is None
 
 
 def panels(rows: int) -> int:
-    """Panels that hold so many rows."""
+    """Number of panels of that many rows."""
     return -(-rows // PANEL)
 
 
@@ -95,7 +95,7 @@ class Buffers(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile of logits: packed operands and what they give."""
+    """A tile of logits: packed operands and results."""
 
     lanes: Tensor
     weight: Tensor
@@ -108,22 +108,22 @@ class Tile(NamedTuple):
     pairs: Tensor | None = None
     gradient: Tensor | None = None  # added to, with `pairs`
     unit: Tensor | None = None  # written
-    stream: bool = False  # `unit` past the caches: nothing reads it before backward
+    stream: bool = False  # write `unit` past the caches: it is read in backward only
 
 
 class OutputRows(NamedTuple):
-    """What outputs beside the log-probability take of all columns but the label's; fields as in csrc/head.h."""
+    """Sums for outputs beside the log-probability, over all columns but the label's; fields as in csrc/head.h."""
 
-    weighted: Tensor
-    total: Tensor
-    squares: Tensor
-    top_before: Tensor
-    top_after: Tensor
+    sum_exp_z: Tensor
+    sum_z: Tensor
+    sum_sq_exp: Tensor
+    max_before_label: Tensor
+    max_after_label: Tensor
     at_label: Tensor
 
     @classmethod
     def empty(cls, rows: int) -> "OutputRows":
-        """Of no columns yet."""
+        """Before the first column."""
         sums = torch.zeros(3, rows, dtype=torch.float64, device="cpu")
         tops = torch.full((3, rows), -torch.inf, dtype=torch.float32, device="cpu")
         return cls(*sums, *tops)
@@ -162,12 +162,12 @@ def forward(tile: Tile, running: Running) -> None:
 
 
 class Finished(NamedTuple):
-    """How P of finished rows becomes the loss's gradient: `(factor + tilt (z - reference + offset)) P`, z in bits."""
+    """The loss's gradient from P: `(factor + entropy_factor (z - reference + entropy_offset)) P`, z in bits."""
 
     reference: Tensor
     factor: Tensor
-    tilt: Tensor | None = None  # None: no gradient of the entropy
-    offset: Tensor | None = None
+    entropy_factor: Tensor | None = None  # None: no gradient of the entropy
+    entropy_offset: Tensor | None = None
 
 
 def backward(tile: Tile, rows: Finished) -> None:
@@ -177,7 +177,7 @@ def backward(tile: Tile, rows: Finished) -> None:
 
 
 class LabelGain(NamedTuple):
-    """What the weight's gradient gains at the rows' labels: `gain[i] * hidden[i]`."""
+    """The labels' terms of the weight's gradient: `gain[i] * hidden[i]`."""
 
     hidden: Tensor  # [n, H]
     gain: Tensor  # [n] float32
@@ -186,7 +186,7 @@ class LabelGain(NamedTuple):
 def weight_gradient(
     tile: Tile, elements: Tensor, labels: LabelGain, index: Tensor | None, out: Tensor, add: bool = False
 ) -> None:
-    """`out[index] = unit^T elements`, and the labels' gain; into bfloat16, or into or on top of float32 `[.., H]`."""
+    """`out[index] = unit^T elements`, and the labels' gain; bfloat16, or float32 `[.., H]` to add to."""
     hidden, rounded = labels.hidden, out.dtype == torch.bfloat16
     struct = _WeightGradient(
         elements.data_ptr(),

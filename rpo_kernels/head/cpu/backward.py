@@ -1,4 +1,4 @@
-"""Backward: the weight's and bias's gradients, and of what forward left out the hidden states' too."""
+"""Backward: gradients of weight and bias, and the hidden states' gradient where forward did not compute it."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -30,12 +30,12 @@ def backward(
 
 
 class _Loss(NamedTuple):
-    """How the loss depends on the scored rows, `[N]` float32 each."""
+    """Gradients of the loss in the scored rows, `[N]` float32 each."""
 
     factor: Tensor  # dL/dlogp
     gain: Tensor  # dL/d logit of the label
-    tilt: Tensor | None = None  # of the entropy's share, as in `native_head.Finished`
-    offset: Tensor | None = None
+    entropy_factor: Tensor | None = None  # of the entropy, as in `native_head.Finished`
+    entropy_offset: Tensor | None = None
 
     @classmethod
     def of_rows(cls, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, options: TokenOptions) -> "_Loss":
@@ -68,7 +68,7 @@ class _Backward:
     def _weight_memory(self) -> Tensor:
         if not self.needs.weight:
             return self.head.weight.new_empty(0)
-        if self.needs.filtered or not self.cuts.rows:  # what is not visited is 0
+        if self.needs.filtered or not self.cuts.rows:  # columns that are not computed have the gradient 0
             return torch.zeros_like(self.head.weight, memory_format=torch.contiguous_format)
         return torch.empty_like(self.head.weight, memory_format=torch.contiguous_format)
 
@@ -78,7 +78,7 @@ class _Backward:
         pairs = self.needs.hidden and self.needs.deferred
         work = Work(self.head, self.cuts, weight=recomputes, pairs=pairs, unit=recomputes)
         chunks = [_BackwardChunk(work, self, number) for number in range(len(self.cuts.chunks))]
-        # A chunk alone writes the gradient's rows itself; several are summed in float32.
+        # A single chunk writes the gradient directly; several are summed in float32.
         size = self.cuts.buffers.columns * self.cuts.width if self.needs.weight and len(chunks) > 1 else 0
         memory = torch.empty(size, dtype=torch.float32, device="cpu")
         for tile, columns in enumerate(self.cuts.tiles):
@@ -131,7 +131,7 @@ class _BackwardChunk:
         )
 
     def read(self, tile: int, columns: slice, out: Tensor) -> None:
-        """Add the rows' part of a tile to all gradients."""
+        """Add the rows' contribution in a tile to all gradients."""
         if tile < self.walk.cuts.kept_tiles:
             self._read_kept(tile, columns, out)
             return
@@ -148,7 +148,7 @@ class _BackwardChunk:
         return self.walk.needs.weight or self.walk.needs.bias
 
     def _read_kept(self, tile: int, columns: slice, out: Tensor) -> None:
-        """P as it was kept knows neither the loss's factor nor the finished softmax: they go on the hidden states."""
+        """Saved P includes neither the loss's factor nor the final softmax sum: these multiply the hidden states."""
         moved = self.walk.saved.references[tile, self.span] - self.stats[1]
         factor = padded(-self.factor * self.stats[2] * torch.exp2(moved), 0)
         kept = self.walk.cuts.kept(self.walk.saved.kept, tile, self.number)
@@ -169,7 +169,7 @@ class _BackwardChunk:
             native_head.add_bias_gradient(tile, ones, index, self.walk.bias[columns])
 
     def _pack_elements(self, factor: Tensor | None) -> None:
-        """Hidden states times a factor a row, packed again only where it differs from the one before."""
+        """Hidden states times a factor per row, packed again only if it has changed."""
         before = self.packed_with
         if (before is None) != (factor is None) or (
             before is not None and factor is not None and not torch.equal(before, factor)
@@ -178,7 +178,7 @@ class _BackwardChunk:
             self.packed_with = factor
 
     def _pieces(self, columns: slice) -> Iterator[Tensor | None]:
-        """Columns of a tile to visit: None for all, or those with a mark, counted from the tile's first."""
+        """Columns of a tile to compute: None for all, or the marked ones, counted from the tile's first."""
         if not self.walk.needs.filtered:
             yield None
             return
@@ -189,7 +189,7 @@ class _BackwardChunk:
             yield active
 
     def hidden_gradient(self) -> Tensor:
-        """`[n, H]`, with the labels' part, rounded."""
+        """`[n, H]`, with the labels' terms, rounded."""
         assert self.gradient is not None
         result = unpacked(self.gradient, self.rows, self.walk.cuts.width)
         for part in spans(self.rows, LABEL_ROWS):
@@ -198,7 +198,7 @@ class _BackwardChunk:
 
 
 def _places(labels: Tensor, index: Tensor) -> Tensor:
-    """Where each label stands in a sorted index, -1 if nowhere."""
+    """Position of each label in a sorted index, -1 if it is not there."""
     place = torch.searchsorted(index, labels, out_int32=True)
     found = index[place.clamp(max=len(index) - 1)] == labels
     return torch.where(found, place, -1)

@@ -56,7 +56,7 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
 
 
 class _Chunk:
-    """One chunk of rows on its walk over the vocabulary. Tensors of numbers a row are padded to whole panels."""
+    """The running softmax and gradient of a chunk of rows. Tensors with a number per row are padded to panels."""
 
     def __init__(self, work: Work, positions: Tensor, labels: Tensor, marks: Tensor | None, needs: Needs):
         self.work, self.labels, self.marks = work, labels, marks
@@ -96,7 +96,7 @@ class _Chunk:
         return self.bits - self.reference[: self.rows].double()
 
     def stats(self) -> Tensor:
-        """Of the finished rows: logp, reference, scale, label gain. `p = scale * P`, without a transform's slope."""
+        """Of the finished rows: logp, reference, scale, label gain. `p = scale * P`, without the transform's slope."""
         others, reference = self.sum[: self.rows], self.reference[: self.rows].double()
         # From logarithms: of a label far below the other columns the ratio would overflow.
         ratio = others.double().log() - self.above * math.log(2)
@@ -105,23 +105,23 @@ class _Chunk:
         return torch.stack((logp, reference, scale, -torch.expm1(logp) * self.slope)).float()
 
     def output(self, name: str, logp: Tensor) -> Tensor:
-        """One of `OUTPUT_FIELDS`, `[n]` float64: the sums over the other columns, and the label's own part."""
+        """One of `OUTPUT_FIELDS`, `[n]` float64: from the sums over the other columns and the label's own term."""
         assert self.outputs is not None
         rows = OutputRows(*(x[: self.rows] for x in self.outputs))
         label = torch.exp2(self.above)
-        total = self.sum[: self.rows] + label
+        sumexp = self.sum[: self.rows] + label
         if name == "mean_logit":
-            return (rows.total + self.bits) * (math.log(2) / self.work.cuts.vocab)
+            return (rows.sum_z + self.bits) * (math.log(2) / self.work.cuts.vocab)
         if name == "entropy":
-            weighted = rows.weighted + torch.where(label > 0, label * self.above, 0)
-            return (total.log() - weighted / total * math.log(2)).clamp_(min=0)
+            sum_exp_z = rows.sum_exp_z + torch.where(label > 0, label * self.above, 0)
+            return (sumexp.log() - sum_exp_z / sumexp * math.log(2)).clamp_(min=0)
         if name == "is_top1":
             before, after, own = (_transform(x.double(), self.options)[0] for x in rows[3:])
             return ((own > before) & (own >= after) & ~logp.isnan()).double()
-        return ((rows.squares + label.square()).log() - 2 * total.log()).clamp_(max=0)
+        return ((rows.sum_sq_exp + label.square()).log() - 2 * sumexp.log()).clamp_(max=0)
 
     def entropy_stats(self, logp: Tensor) -> Tensor:
-        """For the entropy's gradient, `-p (log p + entropy)`: the entropy, and what the label gains from it."""
+        """For the entropy's gradient, `-p (log p + entropy)`: the entropy, and its gradient at the label."""
         entropy = self.output("entropy", logp)
         finite = logp.double().clamp(min=-1e4)  # where p is 0, p log p is 0
         return torch.stack((entropy, -finite.exp() * (finite + entropy) * self.slope))

@@ -1,21 +1,21 @@
-"""Bytes of this walk, and how it is cut; pure arithmetic."""
+"""Chunks, tiles and bytes of the CPU implementation; pure arithmetic."""
 
 import math
 from dataclasses import dataclass
 
 from ...kernels.native_head import PANEL, Buffers, panels
 
-LABEL_ROWS = 128  # rows whose label's part is taken at once
+LABEL_ROWS = 128  # rows whose labels' terms are computed at once
 # Rows a chunk and columns a tile: packed operands are read from caches.
 _SHAPES = ((1024, 2016), (1024, 1008), (1024, 504), (512, 504), (512, 252), (256, 252), (128, 252))
-# Bytes of the numbers that a row has beside its hidden state.
+# Bytes per row beside its hidden state.
 _A_ROW_FORWARD, _A_ROW_OUTPUTS, _A_ROW_BACKWARD = 88, 120, 80
 _SMALL = 4096  # tensors of a few numbers
 
 
 @dataclass(frozen=True)
 class CpuWork:
-    """Sizes of one call, and the bytes of what the walk allocates for it."""
+    """Sizes of one call, and the bytes that it allocates."""
 
     rows: int
     positions: int
@@ -29,7 +29,7 @@ class CpuWork:
 
     @property
     def deferred(self) -> bool:
-        """Whether all gradients are left to backward."""
+        """Whether backward computes all gradients."""
         return self.filtered or self.entropy
 
     @property
@@ -77,7 +77,7 @@ class CpuWork:
         return saved + of_rows + of_tile + exact + ending
 
     def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
-        """What waits between the passes."""
+        """Bytes saved for backward."""
         chunks = math.ceil(self.rows / chunk)
         size = _SMALL + self.rows * (24 + 8 * self.entropy) + self.positions * 8
         size += self.rows * self.hidden * 4 * (self.needs_hidden and not self.deferred)
@@ -86,7 +86,7 @@ class CpuWork:
         return size + kept * self.rows * 4 + 2 * self._padded_rows(chunk) * columns
 
     def _padded_rows(self, chunk: int) -> int:
-        """Rows of all chunks, each continued to whole panels."""
+        """Rows of all chunks, each padded to whole panels."""
         whole, last = divmod(self.rows, chunk)
         return (whole * panels(chunk) + panels(last)) * PANEL
 

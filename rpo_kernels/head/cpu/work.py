@@ -1,4 +1,4 @@
-"""What forward and backward of this walk share: how rows and columns are cut, and memory for packed operands."""
+"""Shared by forward and backward: chunks and tiles, and memory for packed operands."""
 
 import math
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from ..tiles import Head
 
 
 class Cuts(NamedTuple):
-    """How rows and columns are cut, and of how many tiles P is kept."""
+    """Chunks of rows, tiles of columns, and the number of tiles whose P is saved."""
 
     rows: int
     vocab: int
@@ -36,14 +36,14 @@ class Cuts(NamedTuple):
         return Buffers(min(self.rows, self.chunk_rows), min(self.vocab, self.tile_columns), self.width)
 
     def kept(self, memory: Tensor, tile: int, chunk: int) -> Tensor:
-        """P of a chunk and tile in what is kept; tile after tile, each with all its chunks."""
+        """Saved P of a chunk and tile; stored tile after tile, each with all its chunks."""
         sizes = [math.prod(Buffers(s.stop - s.start, 1, self.width).unit) for s in self.chunks]
         strips = [Buffers(1, s.stop - s.start, 1).unit[0] for s in self.tiles[: tile + 1]]
         start = sum(strips[:-1]) * sum(sizes) + strips[-1] * sum(sizes[:chunk])
         return memory.view(torch.int32)[start : start + strips[-1] * sizes[chunk]]
 
     def kept_size(self) -> int:
-        """Elements of what is kept, in bfloat16."""
+        """Elements of saved P, in bfloat16."""
         strips = sum(Buffers(1, s.stop - s.start, 1).unit[0] for s in self.tiles[: self.kept_tiles])
         return 2 * strips * sum(math.prod(Buffers(s.stop - s.start, 1, self.width).unit) for s in self.chunks)
 
@@ -65,7 +65,7 @@ class Work:
         return self.head.hidden.new_empty(shape, dtype=torch.int32)
 
     def tile(self, columns: slice, index: Tensor | None, lanes: Tensor, labels: Tensor, rows: int) -> Tile:
-        """Load columns of the weight, or those that an index counts from the first of them."""
+        """Pack columns of the weight, or those of an index relative to the first of them."""
         weight = self.weight_rows[columns]
         native_head.pack_weight(weight, index, self.weight, self.pairs)
         bias = None if self.bias is None else self.bias[columns]
@@ -81,7 +81,7 @@ def gather(head: Head, positions: Tensor) -> Tensor:
 
 
 def padded(x: Tensor, fill: float) -> Tensor:
-    """Continued to whole panels."""
+    """Padded to whole panels."""
     result = x.new_full((native_head.panels(len(x)) * native_head.PANEL,), fill)
     result[: len(x)] = x
     return result

@@ -1,11 +1,11 @@
-"""TRL's functions of the loss layer, exchanged for this package's operators.
+"""TRL's functions of the loss layer, replaced by this package's operators.
 
-Two generations of them, told apart by what `trl.trainer.utils` holds:
+There are two generations of them, recognised by the contents of `trl.trainer.utils`:
 
     from 1.15   `_ChunkedLogProbFunction`, called by the fused LM head of DPO, KTO, SFT, GRPO and RLOO
     all         `selective_log_softmax` and `entropy_from_logits` on logits, which experimental trainers still use
 
-Trainers import the latter by name, so every loaded module of TRL is rebound; modules loaded later find the new ones.
+Trainers import the latter by name, so they are replaced in all loaded modules; modules loaded later import the new ones.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ KNOWN_SIGNATURES: dict[str, list[tuple[str, ...]]] = {
 }
 REQUIRED = ("selective_log_softmax", "entropy_from_logits")
 REQUIRED_OF_FUSED_HEAD = ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx")
-# The head's outputs beside the log-probabilities, in the order in which TRL wants them: its names and ours.
+# The head's outputs beside the log-probabilities, in TRL's order: its names and ours.
 HEAD_OUTPUTS = {
     "entropy": "entropy",
     "log_sum_sq_probs": "log_sum_sq_probs",
@@ -55,15 +55,15 @@ def patch(memory_budget: int | str | None = None, gradient_filter: GradientFilte
         import rpo_kernels.integrations.trl
         rpo_kernels.integrations.trl.patch()
 
-    One call before training; trainers built before it change too. On the CPU only labelled rows are computed. What is
-    not covered (several labels a position, a logit scale that is not positive, tensor-parallel logits) stays TRL's
-    own, and a warning says so once.
+    One call before training; trainers built before it change too. On the CPU only labelled rows are computed. Cases
+    that are not covered (several labels per position, a logit scale that is not positive, tensor-parallel logits)
+    call TRL's own function, with one warning.
 
     Args:
         memory_budget, gradient_filter: as in `linear_token_logprobs`, for the trainers with a fused LM head.
 
     Returns:
-        A handle: `undo()` puts TRL's own functions back, and so does leaving it as a context manager. A second `patch`
+        A handle: `undo()` restores TRL's own functions, and so does leaving it as a context manager. A second `patch`
         before that changes the settings and returns the same handle.
 
     Raises:
@@ -82,7 +82,7 @@ def patch(memory_budget: int | str | None = None, gradient_filter: GradientFilte
 
 @contextlib.contextmanager
 def patched(memory_budget: int | str | None, gradient_filter: GradientFilter) -> Iterator[None]:
-    """`patch` for a block; TRL, or the settings of an earlier `patch`, are back afterwards."""
+    """`patch` for a block; afterwards TRL, or the settings of an earlier `patch`, are restored."""
     earlier = _active
     settings = None if earlier is None else (earlier.memory_budget, earlier.gradient_filter)
     handle = patch(memory_budget, gradient_filter)
@@ -119,7 +119,7 @@ class Patch:
         _rebind(self._own, self._replacements)
 
     def undo(self) -> None:
-        """Put TRL's own functions back; calling it again changes nothing."""
+        """Restore TRL's own functions; calling it again changes nothing."""
         global _active
         if _active is self:
             _rebind(self._replacements, self._own)
@@ -134,7 +134,7 @@ class Patch:
     # -------------------------------------------------------------------------------------------- from hidden states
 
     def _compacts_rows(self, device: torch.device) -> bool:
-        """Whether TRL's fused head leaves rows without a label out."""
+        """Whether TRL's fused head skips rows without a label."""
         return device.type == "cpu" or self._own["_use_triton"](device)
 
     def _fused_head(
@@ -250,7 +250,7 @@ class Patch:
         return False
 
     def _writable(self, values: Tensor, logits: Tensor) -> Tensor:
-        """A copy, as trainers write zeros into it where nothing is scored; in the type that they rely on."""
+        """A copy, because trainers write zeros into it at unscored positions; in the dtype that they rely on."""
         return values.to(logits.dtype if self._rounds_results else values.dtype, copy=True)
 
     def _say(self, what: str) -> None:
@@ -306,7 +306,7 @@ def _check_signatures(utils: ModuleType) -> None:
 
 
 def _rebind(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """In every loaded module of TRL, bind the names that stand for the old functions to the new ones."""
+    """Rebind the names of the old functions to the new ones in every loaded module of TRL."""
     for module_name, module in list(sys.modules.items()):
         if module_name == "trl" or module_name.startswith("trl."):
             for name, value in old.items():
