@@ -5,7 +5,7 @@ There are two generations of them, recognised by the contents of `trl.trainer.ut
     from 1.15   `_ChunkedLogProbFunction`, called by the fused LM head of DPO, KTO, SFT, GRPO and RLOO
     all         `selective_log_softmax` and `entropy_from_logits` on logits, which experimental trainers still use
 
-Trainers import the latter by name, so they are replaced in all loaded modules; modules loaded later import the new ones.
+Trainers import the latter by name, so they are replaced in all loaded modules; modules imported later get the new ones.
 """
 
 import contextlib
