@@ -58,7 +58,7 @@ def beside_another_reader(f, x, factors):
         assert MODIFIED in str(error)
         return y, None
     x = x.detach()
-    return y, torch.where(x.isinf(), 0, grad - 2 * x)  # a column that is masked out, whose square gives inf - inf
+    return y, torch.where((2 * x).isinf(), 0, grad - 2 * x)  # masked columns, whose squares give inf - inf
 
 
 def under(manager):
