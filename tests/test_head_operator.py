@@ -120,7 +120,7 @@ def test_nothing_is_kept_without_grad(backend, backend_device):
             entropy_grad=False,
         )
     saved = Saved(*outputs[4:])
-    assert saved.kept.numel() == saved.unit.numel() == saved.references.numel() == 0
+    assert saved.kept.numel() == saved.grad_hidden.numel() == saved.references.numel() == 0
 
 
 def test_errors_name_the_argument():

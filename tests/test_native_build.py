@@ -70,3 +70,18 @@ def test_sdist_builds_a_wheel_with_and_without_a_compiler(tmp_path, has_compiler
     has_library = "rpo_kernels/_native.so" in zipfile.ZipFile(wheel).namelist()
     said = (built.stdout + built.stderr).count("native CPU backend not built")
     assert (has_library, said) == ((True, 0) if has_compiler else (False, 1))
+
+
+def test_a_library_older_than_its_sources_is_not_used(tmp_path, monkeypatch):
+    """Its functions may take other arguments than Python passes."""
+    library, source = tmp_path / "rpo_kernels" / "_native.so", tmp_path / "csrc" / "rows.h"
+    for path in (library, source):
+        path.parent.mkdir()
+        path.touch()
+    monkeypatch.setattr(native, "LIBRARY", library)
+    os.utime(library, (1000, 1000))
+    os.utime(source, (2000, 2000))
+    with pytest.warns(UserWarning, match="rows.h changed after _native.so was built"):
+        assert "setup.py build_ext --inplace" in native.reason.__wrapped__()
+    os.utime(library, (3000, 3000))
+    assert native._changed_since_build() is None

@@ -24,13 +24,13 @@ def backward(
     """Gradients of the hidden states, the weight and the bias; empty where not needed."""
     loss = _Loss.of_rows(saved, grad_logps, grad_entropy)
     factor = loss.factor
-    sums = saved.unit
+    sums = saved.grad_hidden
     grad_weight = torch.empty_like(head.weight) if needs.weight else head.weight.new_empty(0)
     grad_bias = head.weight.new_empty(len(head.weight)) if needs.bias else head.weight.new_empty(0)
     if needs.weight or needs.bias or needs.deferred:
-        walk = _Walk(head, saved, labels, loss, needs)
+        walk = _Tiles(head, saved, labels, loss, needs)
         walk.run(grad_weight, grad_bias)
-        sums = saved.unit if walk.sums is None else walk.sums
+        sums = saved.grad_hidden if walk.sums is None else walk.sums
         del walk
     if not needs.hidden:
         return head.hidden.new_empty(0), grad_weight, grad_bias
@@ -76,7 +76,7 @@ class _Piece(NamedTuple):
     columns: Tensor | None = None  # [v] of the tile's, or None for all
 
 
-class _Walk:
+class _Tiles:
     """Computes all tiles in turn: all rows of a tile at once if its P was saved, else chunk by chunk."""
 
     def __init__(self, head: Head, saved: Saved, labels: Tensor, loss: _Loss, needs: Needs):

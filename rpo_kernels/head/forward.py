@@ -30,7 +30,7 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
     stats = head.hidden.new_zeros(4 + needs.entropy, count, dtype=exact)
     outputs = head.hidden.new_zeros(len(needs.outputs), count, dtype=exact)
     scales = head.hidden.new_empty(kept_tiles, count, dtype=exact)
-    unit = head.hidden.new_empty(count if needs.hidden and not needs.deferred else 0, width, dtype=exact)
+    grad_hidden = head.hidden.new_empty(count if needs.hidden and not needs.deferred else 0, width, dtype=exact)
     active = head.label_mask(rows, schedule if needs.filtered else None)
     dropped = head.hidden.new_zeros(count, dtype=exact)
 
@@ -39,15 +39,15 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
         chunk = _Chunk(head, schedule, scratch, rows, span, stats, needs.outputs)
         if needs.filtered and needs.threshold is not None:
             chunk.mark(active[number], needs.threshold, dropped[span])
-        elif len(unit):
-            chunk.differentiate(kept, scales, unit[span])
+        elif len(grad_hidden):
+            chunk.differentiate(kept, scales, grad_hidden[span])
         else:
             chunk.differentiate(kept, scales, None)
         for output, name in zip(outputs[:, span], needs.outputs):
             output.copy_(chunk.output(name))
     if needs.entropy:
         stats[4] = outputs[needs.outputs.index("entropy")]
-    saved = Saved(rows.positions, stats, scales, unit, kept.memory, active.flatten(), schedule.dump())
+    saved = Saved(rows.positions, stats, scales, grad_hidden, kept.memory, active.flatten(), schedule.dump())
     return Forward(stats[0].clone(), dropped, saved, outputs)
 
 
@@ -69,7 +69,7 @@ class _Chunk:
         self.labels = rows.labels[span]
         # The softmax before the first column.
         self.stats = RowStats(*stats[:4, None, span])
-        self.watched: RowStats | None = None  # what outputs take, by a pass over each tile of its own
+        self.output_stats: RowStats | None = None  # of the outputs, by a second pass over each tile
         self.stats.max.fill_(-torch.inf)
         self.stats.label_logit.fill_(-torch.inf)
 
@@ -81,10 +81,10 @@ class _Chunk:
         for tile, columns in enumerate(self.schedule.tiles):
             weight = self.scratch.load(columns)
             logits = self.scratch.logits(self.hidden, weight, columns)
-            self._watch(logits, columns.start)
+            self._update_output_stats(logits, columns.start)
             keeps = tile < kept.tiles
             if not keeps and sums is None:
-                if self.watched is None:
+                if self.output_stats is None:
                     head.kernels.row_stats(logits[None], self.labels[None], options, columns.start, self.stats)
                 continue
             in_kept = keeps and kept.memory.dtype == head.operand_dtype
@@ -98,8 +98,8 @@ class _Chunk:
                 gemm.matmul(out, weight, sums)
             elif sums is not None:
                 gemm.add_matmul(sums, out, weight)
-        if self.watched is not None and not kept.tiles and sums is None:
-            for state, value in zip(self.stats[:4], self.watched[:4]):
+        if self.output_stats is not None and not kept.tiles and sums is None:
+            for state, value in zip(self.stats[:4], self.output_stats[:4]):
                 state.copy_(value)
         if kept.tiles or sums is not None:
             of_rows = scales[:, self.span]
@@ -112,7 +112,7 @@ class _Chunk:
         self.stats.max[0] = label_logits
         for columns in self.schedule.tiles:
             logits = self.scratch.logits(self.hidden, self.scratch.load(columns), columns)
-            self._watch(logits, columns.start)
+            self._update_output_stats(logits, columns.start)
             mask = ActiveColumns(active[columns], threshold)
             arguments = (self.labels, self.stats, columns.start, options, label_logits, mask, dropped)
             head.softmax.mark(logits, *arguments)
@@ -121,10 +121,10 @@ class _Chunk:
 
     def output(self, name: str) -> Tensor:
         """One of the outputs, `[n]`, after the last tile."""
-        assert self.watched is not None
-        return self.watched.output(name, self.schedule.vocab)[0]
+        assert self.output_stats is not None
+        return self.output_stats.output(name, self.schedule.vocab)[0]
 
-    def _watch(self, logits: Tensor, first_column: int) -> None:
+    def _update_output_stats(self, logits: Tensor, first_column: int) -> None:
         if self.outputs:
-            arguments = (logits[None], self.labels[None], self.head.row_options, first_column, self.watched)
-            self.watched = self.head.kernels.row_stats(*arguments, self.outputs)
+            arguments = (logits[None], self.labels[None], self.head.row_options, first_column, self.output_stats)
+            self.output_stats = self.head.kernels.row_stats(*arguments, self.outputs)

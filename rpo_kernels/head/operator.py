@@ -15,10 +15,10 @@ from ..outputs import Asked, TokenOutputs, pack_empty
 from ..shared_rows import take_rows
 from . import gemm
 from .budget import parse_budget
+from .dispatch import choose
 from .plan import memory_plan
 from .schedule import Needs, Saved, find_rows
 from .tiles import Head
-from .walk import walk_for
 
 AUTO_THRESHOLD = 2.0**-20  # its error is a tenth of what rounding the gradient to half precision costs
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
@@ -219,7 +219,7 @@ def _forward(
         weight_aligned=head.aligned,
     )
     with gemm.whole_sums(hidden.device.type, hidden.dtype):
-        result = walk_for(head, needs).forward(head, rows, plan, needs)
+        result = choose(head, needs).forward(head, rows, plan, needs)
 
     def of_positions(scored: Tensor) -> Tensor:
         return scored.new_zeros(labels.numel()).index_copy_(0, rows.positions, scored).view(labels.shape)
@@ -253,7 +253,7 @@ def _grad(
     has_entropy = entropy_grad and "entropy" in outputs
     needs = Needs(needs_hidden, needs_weight, needs_bias, gradient_filter, tuple(outputs), has_entropy)
     with gemm.whole_sums(hidden.device.type, hidden.dtype):
-        return walk_for(head, needs).backward(head, Saved(*saved), labels, grad_logps, grad_entropy, needs)
+        return choose(head, needs).backward(head, Saved(*saved), labels, grad_logps, grad_entropy, needs)
 
 
 def _fake_forward(
@@ -270,7 +270,7 @@ def _fake_forward(
             positions=labels.new_empty(rows, dtype=torch.int64),
             stats=hidden.new_empty(_unknown_size(4), rows, dtype=exact),
             references=hidden.new_empty(_unknown_size(0), rows, dtype=exact),
-            unit=hidden.new_empty(_unknown_size(0), hidden.shape[1], dtype=exact),
+            grad_hidden=hidden.new_empty(_unknown_size(0), hidden.shape[1], dtype=exact),
             kept=hidden.new_empty(_unknown_size(0)),
             active=hidden.new_empty(_unknown_size(0), dtype=torch.uint8),
             schedule=hidden.new_empty(_unknown_size(5), dtype=torch.int64, device="cpu"),

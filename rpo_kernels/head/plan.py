@@ -129,11 +129,11 @@ def memory_plan(
             *sizes,
             *needs,
             filtered or of_entropy,
-            item=dtype.itemsize,
-            operand=operand_dtype(dtype, device).itemsize,
-            exact=max(4, dtype.itemsize),
-            capped=softcap is not None,
-            reference=backend == "torch",
+            item_bytes=dtype.itemsize,
+            operand_bytes=operand_dtype(dtype, device).itemsize,
+            exact_bytes=max(4, dtype.itemsize),
+            has_softcap=softcap is not None,
+            torch_backend=backend == "torch",
             device_shapes=_SHAPES.get(device.type, _ACCELERATOR_SHAPES),
         )
     return _plan(work, budget)
@@ -215,11 +215,11 @@ class _Work:
     needs_hidden: bool
     needs_weight: bool
     filtered: bool  # or the entropy's gradient: backward computes all gradients
-    item: int  # bytes of an element of hidden states, weight and saved P
-    operand: int  # bytes of an element as GEMMs read it
-    exact: int  # bytes of an element of logits, statistics and accumulated gradients
-    capped: bool
-    reference: bool
+    item_bytes: int  # bytes of an element of hidden states, weight and saved P
+    operand_bytes: int  # bytes of an element as GEMMs read it
+    exact_bytes: int  # bytes of an element of logits, statistics and accumulated gradients
+    has_softcap: bool
+    torch_backend: bool
     device_shapes: tuple[tuple[int, int], tuple[int, int]]  # rows a chunk and columns a tile: at first, and at least
 
     @property
@@ -249,15 +249,22 @@ class _Work:
     def forward_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """Peak of the forward pass: while tiles are walked, or at a chunk's begin or end."""
         differentiates = (self.needs_hidden or kept > 0) and not self.filtered
-        walking = 24 * chunk * self.exact + self._reference_bytes(chunk, tile)
+        walking = 24 * chunk * self.exact_bytes + self._reference_bytes(chunk, tile)
         if self.filtered:
-            walking += (self.exact + 1) * self._columns(tile)
+            walking += (self.exact_bytes + 1) * self._columns(tile)
         # Rows of the weight at the labels; the gathering of hidden states.
         with_labels = self.filtered or (differentiates and self.needs_hidden)
-        labels_rows = chunk * self.hidden * (self.exact + self.item * (self.item != self.exact)) * with_labels
-        gathering = chunk * self.hidden * self.item * self.converts
-        of_chunk = chunk * self.hidden * self.operand + max(gathering, walking, labels_rows + 12 * chunk * self.exact)
-        labels = self.rows * (8 + self.exact) + self.positions
+        labels_rows = (
+            chunk
+            * self.hidden
+            * (self.exact_bytes + self.item_bytes * (self.item_bytes != self.exact_bytes))
+            * with_labels
+        )
+        gathering = chunk * self.hidden * self.item_bytes * self.converts
+        of_chunk = chunk * self.hidden * self.operand_bytes + max(
+            gathering, walking, labels_rows + 12 * chunk * self.exact_bytes
+        )
+        labels = self.rows * (8 + self.exact_bytes) + self.positions
         scratch = self._scratch_bytes(chunk, tile)
         if differentiates and (kept * tile < self.vocab or self.converts):
             scratch += self._unit_bytes(chunk, tile)
@@ -265,46 +272,53 @@ class _Work:
 
     def backward_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """Peak of the backward pass: in the weight's gradient, or in the hidden states'."""
-        saved = self.kept_bytes(chunk, tile, kept) + self.rows * (16 + 2 * self.exact)
-        share = chunk * self.hidden * (self.exact + self.item * (self.item != self.exact)) * self.needs_hidden
+        saved = self.kept_bytes(chunk, tile, kept) + self.rows * (16 + 2 * self.exact_bytes)
+        share = (
+            chunk
+            * self.hidden
+            * (self.exact_bytes + self.item_bytes * (self.item_bytes != self.exact_bytes))
+            * self.needs_hidden
+        )
         if not self.needs_weight and not self.filtered:
             return saved + share
-        sums = self.rows * self.hidden * self.exact * (self.filtered and self.needs_hidden)
-        gathered = self.rows * self.hidden * self.operand
-        gathering = self.rows * self.hidden * self.item * self.converts
+        sums = self.rows * self.hidden * self.exact_bytes * (self.filtered and self.needs_hidden)
+        gathered = self.rows * self.hidden * self.operand_bytes
+        gathering = self.rows * self.hidden * self.item_bytes * self.converts
         recomputes = self.filtered or kept * tile < self.vocab
-        scaled = (chunk if self.converts else self.rows) * self.hidden * self.operand * self.needs_weight
+        scaled = (chunk if self.converts else self.rows) * self.hidden * self.operand_bytes * self.needs_weight
         several = self.converts or (recomputes and self.rows > chunk)  # products for one tile of the gradient
-        gradient = self._columns(tile) * self.hidden * self.exact * (self.item != self.exact and several)
-        of_tile = gradient * self.needs_weight + (4 + kept) * self.rows * self.exact
+        gradient = (
+            self._columns(tile) * self.hidden * self.exact_bytes * (self.item_bytes != self.exact_bytes and several)
+        )
+        of_tile = gradient * self.needs_weight + (4 + kept) * self.rows * self.exact_bytes
         if recomputes:
-            weight = self._columns(tile) * self.hidden * self.operand * self.converts
-            of_tile += chunk * self._length(tile) * self.exact + weight
-            of_tile += self._reference_bytes(chunk, tile) + self._unit_bytes(chunk, tile) + 8 * chunk * self.exact
+            weight = self._columns(tile) * self.hidden * self.operand_bytes * self.converts
+            of_tile += chunk * self._length(tile) * self.exact_bytes + weight
+            of_tile += self._reference_bytes(chunk, tile) + self._unit_bytes(chunk, tile) + 8 * chunk * self.exact_bytes
         elif self.converts:
-            of_tile += chunk * self._length(tile) * self.operand
+            of_tile += chunk * self._length(tile) * self.operand_bytes
         if self.filtered:
             of_tile += self._chosen_bytes(chunk, tile)
         # The hidden states' gradient is allocated last.
-        not_yet = self.positions * self.hidden * self.item * self.needs_hidden
+        not_yet = self.positions * self.hidden * self.item_bytes * self.needs_hidden
         return saved + max(share + sums, gathered + sums + max(gathering, scaled + of_tile) - not_yet)
 
     def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """Bytes saved for backward."""
-        size = _SMALL + self.rows * (8 + 5 * self.exact) + self.positions * self.exact
-        size += self.rows * self.hidden * self.exact * (self.needs_hidden and not self.filtered)
+        size = _SMALL + self.rows * (8 + 5 * self.exact_bytes) + self.positions * self.exact_bytes
+        size += self.rows * self.hidden * self.exact_bytes * (self.needs_hidden and not self.filtered)
         if self.filtered:
             return size + math.ceil(self.rows / max(1, chunk)) * self.vocab
         columns = row_length(self.vocab) if kept * tile >= self.vocab else kept * tile
-        return size + self.rows * (columns * self.item + kept * self.exact)
+        return size + self.rows * (columns * self.item_bytes + kept * self.exact_bytes)
 
     def gradient_bytes(self) -> int:
-        hidden = self.positions * self.hidden * self.item * self.needs_hidden
-        return hidden + self.vocab * self.hidden * self.item * self.needs_weight
+        hidden = self.positions * self.hidden * self.item_bytes * self.needs_hidden
+        return hidden + self.vocab * self.hidden * self.item_bytes * self.needs_weight
 
     @property
     def converts(self) -> bool:
-        return self.operand != self.item
+        return self.operand_bytes != self.item_bytes
 
     def _columns(self, tile: int) -> int:
         return min(tile, self.vocab)
@@ -313,20 +327,20 @@ class _Work:
         return row_length(self._columns(tile))
 
     def _scratch_bytes(self, chunk: int, tile: int) -> int:
-        weight = self._columns(tile) * self.hidden * self.operand * self.converts
-        return chunk * self._length(tile) * self.exact + weight
+        weight = self._columns(tile) * self.hidden * self.operand_bytes * self.converts
+        return chunk * self._length(tile) * self.exact_bytes + weight
 
     def _unit_bytes(self, chunk: int, tile: int) -> int:
         """A tile of U beside the logits, where it cannot be written over them."""
-        return chunk * self._length(tile) * self.operand * (self.operand != self.exact)
+        return chunk * self._length(tile) * self.operand_bytes * (self.operand_bytes != self.exact_bytes)
 
     def _chosen_bytes(self, chunk: int, tile: int) -> int:
         """A filter's columns: their numbers, rows of the weight, and those of its gradient."""
         numbers = math.ceil(self.rows / max(1, chunk)) * self.vocab * 8
-        row = self.hidden * (self.item + self.exact * self.needs_weight)
+        row = self.hidden * (self.item_bytes + self.exact_bytes * self.needs_weight)
         return numbers + math.ceil(DENSE_SHARE * self._columns(tile) * row)
 
     def _reference_bytes(self, chunk: int, tile: int) -> int:
         """The torch reference's own copy of a tile, and beside it a softcap's slope or a filter's magnitudes."""
-        beside = max(self.exact * self.capped, (self.exact + 1) * self.filtered)
-        return chunk * self._columns(tile) * (self.exact + beside) * self.reference
+        beside = max(self.exact_bytes * self.has_softcap, (self.exact_bytes + 1) * self.filtered)
+        return chunk * self._columns(tile) * (self.exact_bytes + beside) * self.torch_backend

@@ -72,7 +72,7 @@ class Saved(NamedTuple):
     positions: Tensor  # [N] int64
     stats: Tensor  # [4, N]: logp, a reference r, sum of exp(z - r), label's logit; then entropy, if differentiable
     references: Tensor  # [kept tiles, N]: the scale that makes the kept P, times -1, dlogp/dlogit
-    unit: Tensor  # [N, H]: dlogp/dhidden, not rounded; or [0, H]
+    grad_hidden: Tensor  # [N, H]: dlogp/dhidden, not rounded; or [0, H]
     kept: Tensor  # flat: P of the kept tiles
     active: Tensor  # flat uint8, [chunks, V]: columns that the filter left in
     schedule: Tensor  # flat int64, on the CPU

@@ -7,6 +7,7 @@ and uses the best that this machine supports; `RPO_KERNELS_NATIVE_LEVEL` selects
 import ctypes
 import functools
 import os
+import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -34,10 +35,22 @@ def reason() -> str | None:
     """Why the native backend cannot run here, or None if it can."""
     if not LIBRARY.exists():
         return f"{LIBRARY.name} is not built: `pip install` of this package builds it where there is a C++ compiler"
+    if changed := _changed_since_build():
+        warnings.warn(f"rpo_kernels: {changed}; until then the torch backend serves on the CPU", stacklevel=2)
+        return changed
     try:
         _library()
     except (OSError, AttributeError) as error:  # the latter from a library of another version
         return f"{LIBRARY.name} cannot be used, install the package again: {error}"
+    return None
+
+
+def _changed_since_build() -> str | None:
+    """In a checkout: which source is newer than the library, which may then read its arguments another way."""
+    built = LIBRARY.stat().st_mtime
+    for source in sorted((LIBRARY.parents[1] / "csrc").glob("*.[ch]*")):
+        if source.stat().st_mtime > built:
+            return f"{source.name} changed after {LIBRARY.name} was built: run `python setup.py build_ext --inplace`"
     return None
 
 

@@ -34,10 +34,10 @@ def reason() -> str | None:
 
 def describe() -> str:
     """The LM head's products for bfloat16 operands on the CPU, and the reason, in words."""
-    why_not = reason()
-    if why_not is None:
+    unavailable = reason()
+    if unavailable is None:
         return f"bfloat16 operands, float32 results, softmax inside ({native.level()})"
-    return f"float32, operands converted: {why_not}"
+    return f"float32, operands converted: {unavailable}"
 
 
 def serves(device_type: str, dtype: torch.dtype, backend: str | None) -> bool:

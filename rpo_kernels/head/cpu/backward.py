@@ -22,7 +22,7 @@ def backward(
     """Gradients of hidden states `[M, H]`, weight `[V, H]` and bias `[V]`; empty where not needed."""
     walk = _Backward(head, saved, labels, _Loss.of_rows(saved, grad_logps, grad_entropy, head.options), needs)
     if needs.hidden and not needs.deferred:
-        products = (saved.unit[span] * walk.loss.factor[span, None] for span in walk.cuts.chunks)
+        products = (saved.grad_hidden[span] * walk.loss.factor[span, None] for span in walk.cuts.chunks)
         walk.write_hidden_gradient(x.to(walk.hidden.dtype) for x in products)
     if needs.weight or needs.bias or needs.deferred:
         walk.run()

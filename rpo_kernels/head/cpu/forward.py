@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...kernels import native, native_head
+from ...kernels import native_head
 from ...kernels.interface import TokenOptions
 from ...kernels.native_head import OutputRows, Running
 from ..plan import MemoryPlan
@@ -28,8 +28,8 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
         positions=rows.positions,
         stats=stats,
         references=stats.new_empty(cuts.kept_tiles, count),
-        unit=stats.new_empty(count if differentiates else 0, width),
-        kept=native.empty((cuts.kept_size(),), head.hidden),
+        grad_hidden=stats.new_empty(count if differentiates else 0, width),
+        kept=head.hidden.new_empty(cuts.kept_size()),
         active=head.hidden.new_zeros(len(cuts.chunks) * vocab if needs.filtered else 0, dtype=torch.uint8),
         schedule=torch.tensor(cuts, dtype=torch.int64, device="cpu"),
     )
@@ -48,7 +48,7 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
         if needs.entropy:
             stats[4:, span] = chunk.entropy_stats(stats[0, span])
         if differentiates:
-            chunk.write_unit(stats[:, span], saved.unit[span])
+            chunk.write_grad_hidden(stats[:, span], saved.grad_hidden[span])
         if marks is not None:
             dropped[span] = chunk.dropped_mass(stats[2, span])
         del chunk
@@ -126,7 +126,7 @@ class _Chunk:
         finite = logp.double().clamp(min=-1e4)  # where p is 0, p log p is 0
         return torch.stack((entropy, -finite.exp() * (finite + entropy) * self.slope))
 
-    def write_unit(self, stats: Tensor, out: Tensor) -> None:
+    def write_grad_hidden(self, stats: Tensor, out: Tensor) -> None:
         """`dlogp/dhidden = gain W[label] - scale sum of P W`."""
         assert self.gradient is not None
         torch.mul(unpacked(self.gradient, self.rows, out.shape[1]), -stats[2, :, None], out=out)

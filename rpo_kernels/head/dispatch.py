@@ -15,7 +15,7 @@ from .schedule import Forward, Needs
 from .tiles import Head
 
 
-class Walk(NamedTuple):
+class Implementation(NamedTuple):
     """One implementation of the LM head.
 
     forward(head, rows, plan, needs) returns the scored rows' results and the tensors saved for backward.
@@ -27,10 +27,10 @@ class Walk(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def walk_for(head: Head, needs: Needs) -> Walk:
+def choose(head: Head, needs: Needs) -> Implementation:
     """The implementation for a call."""
     if native_head.serves(head.weight.device.type, head.weight.dtype, head.backend):
-        return Walk(cpu_forward.forward, cpu_backward.backward)
+        return Implementation(cpu_forward.forward, cpu_backward.backward)
     if evaluation.serves(head, needs):
-        return Walk(evaluation.forward, backward)
-    return Walk(forward, backward)
+        return Implementation(evaluation.forward, backward)
+    return Implementation(forward, backward)
