@@ -55,9 +55,9 @@ def token_logprobs(
         float32 apart may count as equal there. With `outputs`, a `TokenOutputs` that holds them as `logps`
         beside the outputs; its `entropy` is differentiable too.
 
-    Properties, which tests/fuzz checks: a row's result depends on no other row, to the bit; the gradient is linear in
-    that of the log-probabilities; columns may be permuted together with the labels; without a softcap, a row's gradient
-    sums to 0.
+    Properties, which tests/fuzz checks: a row's result depends on no other row, to the bit (the torch backend: to
+    rounding); the gradient is linear in that of the log-probabilities; columns may be permuted together with the
+    labels; without a softcap, a row's gradient sums to 0.
 
     Raises:
         ValueError: for shapes, dtypes, devices or options that do not fit. Labels out of range raise on the CPU; on an

@@ -190,7 +190,9 @@ def test_properties(data):
     torch.testing.assert_close(scaled, 4 * grad, rtol=0, atol=1e-6 if grad.dtype == torch.float16 else 1e-36)  # linear
     if len(problem.labels) > 1:  # rows do not know of each other
         first = run(problem.logits.detach()[:1].requires_grad_(), problem.labels[:1])
-        assert torch.equal(first[0], logps[:1]) and torch.equal(first[1], grad[:1])
+        # torch's functions round other numbers at the end of memory, where its vectors are not full
+        rounding = 1e-6 + torch.finfo(grad.dtype).eps if backend == "torch" else 0
+        torch.testing.assert_close(first, (logps[:1], grad[:1]), rtol=10 * rounding, atol=rounding, equal_nan=True)
     order = torch.randperm(problem.logits.shape[-1], generator=torch.Generator().manual_seed(problem.seed))
     if ignore_index < 0:  # columns have no order
         renamed = torch.where(
