@@ -141,17 +141,13 @@ RPO_API const Level* rpo_level(const char* name) {
   return nullptr;
 }
 
-// Asks for huge pages for newly mapped memory, and touches each: page faults otherwise cost more than computing the
-// gradient, and threads that touch the same huge page at once all wait until it is zeroed.
-RPO_API void rpo_use_large_pages(const Workers* workers, void* data, int64_t bytes) {
+// Asks for huge pages for newly mapped memory: page faults otherwise cost more than computing the gradient.
+RPO_API void rpo_use_large_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(1) << 21;
-  const uintptr_t first = (uintptr_t(data) + kPage - 1) / kPage, last = (uintptr_t(data) + uintptr_t(bytes)) / kPage;
-  if (first >= last) return;
-  if (madvise(reinterpret_cast<void*>(first * kPage), (last - first) * kPage, MADV_HUGEPAGE)) return;
-  for_each(*workers, int64_t(last - first), 1, [=](int64_t page) {
-    *reinterpret_cast<volatile char*>((first + uintptr_t(page)) * kPage) = 0;
-  });
+  const uintptr_t first = (uintptr_t(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (uintptr_t(data) + uintptr_t(bytes)) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only a hint
 #endif
 }
 

@@ -1,23 +1,13 @@
 """Nothing depends on torch's global state: its default dtype, default device, another device's autocast."""
 
 import ast
-import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 
+from fuzz.contexts import default_dtype
 from rpo_kernels import DPO, IPO, RPO, linear_rpo_loss, rpo_loss, score_loss, token_logprobs
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def make(device="cpu"):

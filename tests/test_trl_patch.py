@@ -16,7 +16,9 @@ peft = pytest.importorskip("peft")
 
 import trl.trainer.utils as utils  # noqa: E402
 
+from rpo_kernels import linear_token_logprobs  # noqa: E402
 from rpo_kernels.integrations.trl import patch, patching  # noqa: E402
+from rpo_kernels.integrations.trl.entropy import differentiable_entropy  # noqa: E402
 from trl_trainers import GENERATION, MODELS, assert_same, train  # noqa: E402
 
 fused = pytest.mark.skipif(GENERATION != "fused head", reason=f"TRL {trl.__version__} has no fused LM head")
@@ -350,3 +352,14 @@ def test_bfloat16_autocast(name, tmp_path):
 def test_an_entropy_bonus(tmp_path):
     """Minus a multiple of the entropy in GRPO's loss: its gradient goes through the head."""
     compare("GRPO", tmp_path, entropy_coef=0.1)
+
+
+def test_the_entropy_is_differentiable_once():
+    """A penalty on its gradient raises instead of leaving the entropy's part out."""
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    labels = torch.zeros(4, dtype=torch.int64)
+    out = linear_token_logprobs(hidden, weight, labels, outputs=("entropy",), entropy_grad=False)
+    entropy = differentiable_entropy(out.entropy, hidden, weight, None, labels, {})
+    (gradient,) = torch.autograd.grad(entropy.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (gradient.square().sum() + hidden.square().sum()).backward()

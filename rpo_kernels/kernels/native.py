@@ -8,7 +8,6 @@ import ctypes
 import functools
 import os
 import warnings
-from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -131,7 +130,7 @@ def row_grad(
     if out is not None and out.shape != logits.shape:
         raise ValueError(f"out must have the shape of logits, {tuple(logits.shape)}, got {tuple(out.shape)}")
     direct = out is not None and _is_writable(out, logits)
-    result = out if out is not None and direct else empty(logits.shape, logits)
+    result = out if out is not None and direct else _new_gradient(logits)
     kept = [x.to(torch.float32).contiguous() for x in (stats.logp, stats.max, stats.sumexp)]
     factors = grad_logps.to(torch.float32)
     mask = None if active is None else active.mask.contiguous()
@@ -240,12 +239,10 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Uninitialised memory of the dtype of `like`, in large pages where it is mapped anew: the first touch of small
-    ones can cost more than the kernel that writes them."""
-    result = torch.empty(shape, dtype=like.dtype, device=like.device)
+def _new_gradient(logits: Tensor) -> Tensor:
+    result = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if result.nbytes > MAPPED_BYTES:
-        _library().rpo_use_large_pages(byref(_workers()), result.data_ptr(), result.nbytes)
+        _library().rpo_use_large_pages(result.data_ptr(), result.nbytes)
     return result
 
 
@@ -266,8 +263,7 @@ def _library() -> ctypes.CDLL:
     library.rpo_levels.restype = c_char_p
     library.rpo_level.argtypes, library.rpo_level.restype = [c_char_p], c_void_p
     library.rpo_has_head.argtypes = [c_void_p]
-    library.rpo_use_large_pages.argtypes = [POINTER(_Workers), c_void_p, c_int64]
-    library.rpo_use_large_pages.restype = None
+    library.rpo_use_large_pages.argtypes, library.rpo_use_large_pages.restype = [c_void_p, c_int64], None
     library.rpo_row_stats.argtypes = [c_void_p, POINTER(_Workers), POINTER(_Logits), c_int32, POINTER(_Stats)]
     library.rpo_row_grad.argtypes = [c_void_p, POINTER(_Workers), POINTER(_Logits), POINTER(_Grad)]
     library.rpo_row_grad.restype = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...head import linear_token_logprobs
 
@@ -34,6 +35,7 @@ class _Entropy(torch.autograd.Function):
         return entropy.view_as(entropy)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *operands, labels = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
