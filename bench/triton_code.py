@@ -145,8 +145,11 @@ def tile_builds() -> list[Build]:
         tile_step(8192, marks=True),
     ]
     vectors = dict.fromkeys(("tops", "sumexps", "label_logits", "logps", "references", "sums"), "*fp32")
-    signature = dict(labels="*i64", weight="*bf16", kept="*bf16", weight_strides=STRIDES, **vectors)
-    signature |= dict.fromkeys(("reference_stride", "rows", "row_start", "vocab", "tile_columns", "tiles"), "i32")
+    signature = dict(
+        labels="*i64", weight="*bf16", kept="*bf16", grad_weight="*bf16", weight_strides=STRIDES, **vectors
+    )
+    integers = ("reference_stride", "rows", "row_start", "vocab", "tile_columns", "tiles", "shared_tiles")
+    signature |= dict.fromkeys(integers, "i32") | {"shared_first": "i64"}
     signature |= dict.fromkeys(("inner", "outer"), "fp32")
     flags = dict(SOFTCAP=True, KEEPS=True, WIDTH=4096, TILES=16, BLOCK_H=1024)
     found.append(Build("finish", tile_softmax.finish_kernel, signature, flags, [], 4))

@@ -70,17 +70,20 @@ def register(
     return Operator(name, implementation, function)
 
 
-def register_overwriting(schema: str, implementation: Callable) -> Callable:
-    """Define an operator that overwrites its first argument and returns nothing.
+def register_overwriting(schema: str, implementation: Callable, fake: Callable | None = None) -> Callable:
+    """Define an operator that overwrites its first argument; with `fake` if it returns something.
 
     Each call increments the version of the overwritten tensor, also when traced, so that autograd raises an error for
     operators that saved it before.
     """
     name, _, rest = schema.partition("(")
     overwritten = rest.split(",")[0].split()[-1]
-    return torch.library.custom_op(
+    operator = torch.library.custom_op(
         f"rpo_kernels::{name}", implementation, mutates_args=(overwritten,), schema="(" + rest
     )
+    if fake is not None:
+        operator.register_fake(fake)
+    return operator
 
 
 def saves_without_hooks() -> bool:
@@ -90,6 +93,14 @@ def saves_without_hooks() -> bool:
     operators and checks no version.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+def frees_saved_tensors() -> bool:
+    """Within an eager backward pass: whether nothing can read its saved tensors after it, as `retain_graph` lets."""
+    if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # private: torch may rename it
+    return keeps is not None and not keeps()
 
 
 def _function(

@@ -162,7 +162,9 @@ def test_predicted_memory_is_measured_memory(name, tmp_path):
     (result,) = measure_peaks(find_one("head", name), [PROBLEM], PeakSettings(snapshots=str(tmp_path)))
     assert result["status"] == "ok", result
     traced = sum(result["parts"].values())
-    assert abs(result["peak_bytes"] / traced - 1) < 0.1
+    # Of the weight's gradient, pages to which no tile was saved are not resident yet at forward's peak.
+    untouched = 0.0 if name == "eager torch" else 0.1
+    assert -0.1 - untouched < result["peak_bytes"] / traced - 1 < 0.1
     assert -0.02 < predicted.extra / traced - 1 < 0.1
     snapshot = pickle.loads((tmp_path / result["snapshot"]).read_bytes())
     page = torch.cuda._memory_viz.trace_plot(snapshot)

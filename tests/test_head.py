@@ -37,7 +37,7 @@ def test_triton_interpreted(available_backend, dtype, options, gradient_filter):
 @pytest.mark.parametrize("kept", ["none", "some", "all"])
 def test_budgets_mix_kept_and_recomputed_tiles(backend, backend_device, kept, options):
     for dtype in (torch.float32, torch.bfloat16):
-        *leaves, labels = make(vocab=3000, dtype=dtype, device=backend_device, bias=True, ignore_index=-1)
+        *leaves, labels = make((4, 14), 24, 3000, dtype, backend_device, bias=True, ignore_index=-1)
         rows = int((labels != -1).sum()) - (int((labels[:, 0] != -1).sum()) if options.get("shift") else 0)
         budget, _ = plan_keeping(kept, rows, leaves[0], leaves[1], backend)
         compare(*leaves, labels, backend, memory_budget=budget, **{**options, "ignore_index": -1})
@@ -142,9 +142,8 @@ def test_only_what_needs_a_gradient_is_computed(backend, backend_device, needs, 
     of_weight = "w" in needs or "b" in needs
     for kept in ("none", "some", "all") if of_weight else ("none",):
         done.clear()
-        budget, chosen = plan_keeping(
-            kept, rows, hidden, weight, backend, needs_hidden="h" in needs, needs_weight=of_weight
-        )
+        wanted = dict(needs_hidden="h" in needs, needs_weight=of_weight, inplace_backward="w" in needs)
+        budget, chosen = plan_keeping(kept, rows, hidden, weight, backend, **wanted)
         logps = linear_token_logprobs(
             leaves[0], leaves[1], labels, bias=leaves[2], memory_budget=budget, backend=backend
         )

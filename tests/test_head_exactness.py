@@ -5,7 +5,8 @@ import torch
 
 from head_cases import GRADIENT, compare, error, expected, factors_for, make
 from rpo_kernels import linear_token_logprobs
-from rpo_kernels.kernels.interface import KeptTiles, TokenOptions
+from rpo_kernels.kernels.interface import TokenOptions
+from rpo_kernels.kernels.kept import KeptTiles, SharedTiles
 from rpo_kernels.kernels.softmax import TileSoftmax
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -111,6 +112,8 @@ def test_tile_kernel_against_the_reference(available_backend):
     labels = torch.tensor([0, 127, 128, 299, 300, -5], device=device)  # the last two out of range
     logits = 3 * torch.randn(rows, vocab, device=device) + (torch.arange(vocab, device=device) // tile) * 9
     weight = torch.randn(vocab, width, device=device)
+    shared = SharedTiles.fit(rows, tile, vocab, width, kept=2, largest=tile)
+    assert shared.tiles == 2
     for options in (TokenOptions(ignore_index=-(2**31)), TokenOptions(0.7, 20.0, 1.3, -(2**31))):
         found = []
         for softmax in (TileSoftmax(reference), FusedTileSoftmax(triton)):
@@ -118,8 +121,8 @@ def test_tile_kernel_against_the_reference(available_backend):
             stats.max.fill_(-torch.inf)
             stats.label_logit.fill_(-torch.inf)
             layout = (rows, vocab, tile, 3)
-            memory = torch.zeros(KeptTiles.size(*layout), device=device)
-            kept = KeptTiles(memory, *layout, slice(0, rows))
+            memory = torch.zeros(KeptTiles.size(*layout, shared.tiles), device=device)
+            kept = KeptTiles(memory, torch.zeros_like(weight), shared, *layout, slice(0, rows))
             references, sums = torch.zeros(3, rows, device=device), torch.zeros(rows, width, device=device)
             for number in range(3):
                 part = logits[:, number * tile : (number + 1) * tile].contiguous()
@@ -153,8 +156,9 @@ def test_tile_kernel_against_the_reference(available_backend):
 
 def test_offsets_beyond_two_to_the_31():
     """By arithmetic, where memory does not suffice: rows of a late tile of a matrix of 2^33 elements."""
-    kept = KeptTiles(torch.empty(0, device="meta"), 2**15, 2**18, 8192, 32, slice(8192, 16384))
-    size = KeptTiles.size(2**15, 2**18, 8192, 32)
+    nothing = torch.empty(0, device="meta")
+    kept = KeptTiles(nothing, nothing, SharedTiles(), 2**15, 2**18, 8192, 32, slice(8192, 16384))
+    size = KeptTiles.size(2**15, 2**18, 8192, 32, 0)
     assert size == 2**33
     tile = kept._replace(memory=torch.empty(size, device="meta")).tile(31)
     assert tile.shape == (8192, 8192) and tile.storage_offset() == 2**15 * 31 * 8192 + 8192 * 8192 > 2**31

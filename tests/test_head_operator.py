@@ -21,7 +21,7 @@ def test_opcheck(backend, backend_device, gradient_filter, outputs):
     options = {**TokenOptions(shift=True)._asdict(), "gradient_filter": gradient_filter, "backend": backend}
     options |= dict(entropy_grad=bool(outputs), outputs=outputs)
     needs = dict(needs_hidden=True, needs_weight=True)
-    forward = {**options, **needs, "memory_budget": 10**6}
+    forward = {**options, **needs, "memory_budget": 10**6, "inplace_backward": False}
     arguments = (rows, weight, bias, labels)
     torch.library.opcheck(OPS.linear_token_logprobs, arguments, forward, rtol=1e-4, atol=1e-5)
     arguments = tuple(x.detach() for x in arguments)
@@ -116,6 +116,7 @@ def test_nothing_is_kept_without_grad(backend, backend_device):
             *(hidden.flatten(0, 1), weight, None, labels),
             **TokenOptions()._asdict(),
             **dict(needs_hidden=False, needs_weight=False, memory_budget=None, gradient_filter=None, backend=backend),
+            inplace_backward=True,
             outputs=[],
             entropy_grad=False,
         )

@@ -167,7 +167,8 @@ def predicted_and_measured(rows, positions, hidden, vocab, dtype, needs, budget,
     )
     wanted = [x for x in inputs if x.requires_grad]
     _, backward, _ = peak_of(lambda: torch.autograd.grad(logps, wanted, torch.ones_like(logps)))
-    return chosen, max(forward, held + backward - chosen.gradient_bytes) - logps.nbytes
+    early = inputs[1].nbytes if chosen.shared.tiles else 0  # forward allocates the weight's gradient
+    return chosen, max(forward - early, held + backward - chosen.gradient_bytes) - logps.nbytes
 
 
 @BUDGETS

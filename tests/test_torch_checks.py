@@ -123,7 +123,7 @@ def test_opcheck_of_the_heads_kinds_of_arguments(name, kind, available_backend):
     *tensors, labels = KINDS[kind](*tensors, LABELS.view(1, -1))
     options = {**TokenOptions(softcap=5.0)._asdict(), "gradient_filter": None, "outputs": [], "entropy_grad": True}
     needs = dict(needs_hidden=True, needs_weight=True)
-    forward = {**options, **needs, "memory_budget": 10**6, "backend": backend}
+    forward = {**options, **needs, "memory_budget": 10**6, "inplace_backward": True, "backend": backend}
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
     torch.library.opcheck(OPS.linear_token_logprobs, (*leaves, labels), forward, test_utils=checks)

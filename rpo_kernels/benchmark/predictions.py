@@ -40,8 +40,11 @@ def predict(problem: Problem, budget: int | str | None) -> Prediction:
         memory_budget=budget, softcap=problem.softcap, device=problem.device, backend=_backend(problem),
     )  # fmt: skip
     backward = plan.backward_bytes + plan.gradient_bytes
-    gradients = plan.gradient_bytes if backward >= plan.forward_bytes else 0
-    return Prediction(*_inputs(problem), gradients, max(backward, plan.forward_bytes) - gradients)
+    # Where tiles are kept in its memory, forward allocates the weight's gradient.
+    early = problem.vocab * problem.hidden * problem.torch_dtype.itemsize if plan.shared.tiles else 0
+    forward = plan.forward_bytes + early
+    gradients = plan.gradient_bytes if backward >= forward else early
+    return Prediction(*_inputs(problem), gradients, max(backward, forward) - gradients)
 
 
 def _backend(problem: Problem) -> str | None:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.interface import EntropyGrad, KeptTiles, RowStats
+from ..kernels.interface import EntropyGrad, RowStats
+from ..kernels.kept import KeptTiles
 from . import gemm
 from .plan import DENSE_SHARE
 from .schedule import Needs, Saved, Schedule, spans
@@ -25,7 +26,9 @@ def backward(
     loss = _Loss.of_rows(saved, grad_logps, grad_entropy)
     factor = loss.factor
     sums = saved.grad_hidden
-    grad_weight = torch.empty_like(head.weight) if needs.weight else head.weight.new_empty(0)
+    grad_weight = head.weight.new_empty(0)
+    if needs.weight:
+        grad_weight = saved.grad_weight if needs.inplace else torch.empty_like(head.weight)
     grad_bias = head.weight.new_empty(len(head.weight)) if needs.bias else head.weight.new_empty(0)
     if needs.weight or needs.bias or needs.deferred:
         walk = _Tiles(head, saved, labels, loss, needs)
@@ -83,8 +86,9 @@ class _Tiles:
         self.head, self.loss = head, loss
         self.factors = saved.references * -loss.factor  # [kept tiles, N]
         self.schedule = schedule = Schedule.load(saved.schedule)
-        everything = slice(0, schedule.rows)
-        self.kept = KeptTiles(saved.kept, schedule.rows, schedule.vocab, schedule.tile, schedule.kept_tiles, everything)
+        layout = (schedule.rows, schedule.vocab, schedule.tile, schedule.kept_tiles)
+        self.kept = KeptTiles(saved.kept, saved.grad_weight, schedule.shared, *layout, slice(0, schedule.rows))
+        self.inplace = needs.inplace
         self.scratch = Scratch(head, schedule)
         self.labels = labels.flatten()[saved.positions].long()
         self.hidden = head.gather(saved.positions)
@@ -100,12 +104,14 @@ class _Tiles:
         totals = [total for total in (of_weight, of_bias) if len(total.gradient)]
         most_rows = self.schedule.chunk if self.scratch.converts else self.schedule.rows
         scaled = _ScaledRows(self.head, self.hidden, most_rows if of_weight in totals else 0)
-        for tile, columns in enumerate(self.schedule.tiles):
+        schedule = self.schedule
+        for tile, columns in enumerate(schedule.tiles):
             was_kept = tile < self.kept.tiles
             pieces = self._of_kept(tile) if was_kept else self._recomputed(tile)
-            products = len(self.schedule.chunks) if self.scratch.converts or not was_kept else 1
+            products = len(schedule.chunks) if self.scratch.converts or not was_kept else 1
             for total in totals:
-                total.begin(columns, products)
+                overlaps = self.inplace and total is of_weight and schedule.shared.overlaps(tile)
+                total.begin(columns, products, apart=overlaps)
             for piece in pieces:
                 if of_weight in totals:
                     of_weight.add(piece.unit.T, scaled.take(piece.rows, piece.factor), piece.columns)
@@ -199,15 +205,17 @@ class TileSum:
         self.gradient, self.exact_dtype, self.operand_dtype = gradient, head.exact_dtype, head.operand_dtype
         self.memory: Tensor | None = None
 
-    def begin(self, columns: slice, products: int) -> None:
-        """Turn to another tile, of as many products."""
+    def begin(self, columns: slice, products: int, apart: bool = False) -> None:
+        """Turn to another tile, of as many products; `apart` if the gradient must not be written before `finish`."""
         self.out = self.gradient[columns]
         self.total, self.empty = self.out, True
         rounds_once = products == 1 and self.out.dtype == self.operand_dtype
-        if self.out.dtype == self.exact_dtype or rounds_once:
+        dtype = self.out.dtype if rounds_once else self.exact_dtype
+        if self.out.dtype == dtype and not apart:
             return
-        if self.memory is None:  # the first tile is the largest
-            self.memory = torch.empty_like(self.out, dtype=self.exact_dtype)
+        if self.memory is None or self.memory.dtype != dtype:  # the first tile is the largest
+            self.memory = None
+            self.memory = torch.empty_like(self.out, dtype=dtype)
         self.total = self.memory[: len(self.out)]
 
     def add(self, left: Tensor, right: Tensor, rows: Tensor | None) -> None:

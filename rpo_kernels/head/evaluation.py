@@ -24,11 +24,10 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
     """Log-probabilities of the scored rows; nothing is saved."""
     product = importlib.import_module("..kernels.triton.product", __package__)
     count, vocab = len(rows.positions), len(head.weight)
-    schedule = Schedule(count, vocab, plan.chunk_rows, plan.tile_columns, 0)
+    schedule = Schedule(count, vocab, plan.chunk_rows, plan.tile_columns, 0, plan.shared)
     stats = head.hidden.new_empty(4, count, dtype=torch.float32)
     for span in schedule.chunks:
         hidden, labels = head.take(rows.positions[span]), rows.labels[span]
         product.product_stats(hidden, head.weight, head.bias, labels, head.options, RowStats(*stats[:, None, span]))
-    empty, mask = stats.new_empty(0, 0), head.hidden.new_empty(0, dtype=torch.uint8)
-    saved = Saved(rows.positions, stats, empty, empty, head.hidden.new_empty(0), mask, schedule.dump())
+    saved = Saved.nothing(rows.positions, stats, schedule.dump())
     return Forward(stats[0].clone(), torch.zeros_like(stats[0]), saved, stats.new_empty(0, count))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.kept import SharedTiles
+
 CHUNK_ROWS, LEAST_ROWS = 8192, 1024
 COLUMNS = 128  # of a block at least: two float32 numbers a row and block
 # By the cost model (bench/predictions.py), not measured: the widest head whose product loses less time to cuBLAS's than
@@ -71,3 +73,6 @@ class EvaluationWork:
 
     def gradient_bytes(self) -> int:
         return 0
+
+    def shared(self, chunk: int, tile: int, kept: int) -> SharedTiles:
+        return SharedTiles()

@@ -10,7 +10,8 @@ the columns that backward recomputes.
 import torch
 from torch import Tensor
 
-from ..kernels.interface import ActiveColumns, KeptTiles, RowStats
+from ..kernels.interface import ActiveColumns, RowStats
+from ..kernels.kept import KeptTiles
 from ..kernels.softmax import write_logp
 from . import gemm
 from .plan import MemoryPlan
@@ -21,15 +22,16 @@ from .tiles import Head, Scratch
 def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
     """Results of the scored rows, the gradient mass that the filter leaves out, and the tensors to save."""
     count, (vocab, width) = len(rows.positions), head.weight.shape
-    kept_tiles = plan.kept_tiles if needs.weight and not needs.deferred else 0
-    schedule = Schedule(count, vocab, plan.chunk_rows, plan.tile_columns, kept_tiles)
-    layout = (count, vocab, plan.tile_columns, kept_tiles)
-    kept = KeptTiles(head.hidden.new_empty(KeptTiles.size(*layout)), *layout, slice(0, count))
+    schedule = Schedule(count, vocab, plan.chunk_rows, plan.tile_columns, plan.kept_tiles, plan.shared)
+    layout = (count, vocab, plan.tile_columns, plan.kept_tiles)
+    memory = head.hidden.new_empty(KeptTiles.size(*layout, plan.shared.tiles))
+    grad_weight = head.hidden.new_empty(vocab if plan.shared.tiles else 0, width)
+    kept = KeptTiles(memory, grad_weight, plan.shared, *layout, slice(0, count))
     kept.clear_padding()
     exact = head.exact_dtype
     stats = head.hidden.new_zeros(4 + needs.entropy, count, dtype=exact)
     outputs = head.hidden.new_zeros(len(needs.outputs), count, dtype=exact)
-    scales = head.hidden.new_empty(kept_tiles, count, dtype=exact)
+    scales = head.hidden.new_empty(plan.kept_tiles, count, dtype=exact)
     grad_hidden = head.hidden.new_empty(count if needs.hidden and not needs.deferred else 0, width, dtype=exact)
     active = head.label_mask(rows, schedule if needs.filtered else None)
     dropped = head.hidden.new_zeros(count, dtype=exact)
@@ -47,7 +49,16 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
             output.copy_(chunk.output(name))
     if needs.entropy:
         stats[4] = outputs[needs.outputs.index("entropy")]
-    saved = Saved(rows.positions, stats, scales, grad_hidden, kept.memory, active.flatten(), schedule.dump())
+    saved = Saved(
+        positions=rows.positions,
+        stats=stats,
+        references=scales,
+        grad_hidden=grad_hidden,
+        kept=kept.memory,
+        grad_weight=grad_weight,
+        active=active.flatten(),
+        schedule=schedule.dump(),
+    )
     return Forward(stats[0].clone(), dropped, saved, outputs)
 
 

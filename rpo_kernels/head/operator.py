@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from .._checks import INTEGER, check_device, check_shape, check_tensor
-from .._registration import TOKEN_OPTIONS, register
+from .._registration import (
+    TOKEN_OPTIONS,
+    frees_saved_tensors,
+    register,
+    register_overwriting,
+    saves_without_hooks,
+)
 from ..kernels.dispatch import check_backend
 from ..kernels.interface import TokenOptions
 from ..logprobs import check_label_range
@@ -127,6 +133,7 @@ def linear_token_outputs(
         needs_hidden=grad and hidden.requires_grad,
         needs_weight=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
         memory_budget=budget,
+        inplace_backward=weight.requires_grad and not torch.compiler.is_compiling() and saves_without_hooks(),
         gradient_filter=gradient_filter,
         outputs=asked.statistics,
         entropy_grad=entropy_grad,
@@ -182,6 +189,7 @@ def _forward(
     needs_hidden: bool,
     needs_weight: bool,
     memory_budget: int | None,
+    inplace_backward: bool,
     gradient_filter: float | None,
     outputs: Sequence[str],
     entropy_grad: bool,
@@ -200,6 +208,7 @@ def _forward(
         threshold=gradient_filter if differentiable else None,
         outputs=tuple(outputs),
         entropy=entropy_grad and differentiable and "entropy" in outputs,
+        inplace=inplace_backward,
     )
     plan = memory_plan(
         len(rows.positions),
@@ -217,6 +226,7 @@ def _forward(
         device=hidden.device,
         backend=head.backend_name,
         weight_aligned=head.aligned,
+        inplace_backward=inplace_backward,
     )
     with gemm.whole_sums(hidden.device.type, hidden.dtype):
         result = choose(head, needs).forward(head, rows, plan, needs)
@@ -247,13 +257,31 @@ def _grad(
     outputs: Sequence[str],
     entropy_grad: bool,
     backend: str | None,
+    inplace: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(hidden, weight, bias, TokenOptions(**options), backend)
     has_entropy = entropy_grad and "entropy" in outputs
-    needs = Needs(needs_hidden, needs_weight, needs_bias, gradient_filter, tuple(outputs), has_entropy)
+    needs = Needs(needs_hidden, needs_weight, needs_bias, gradient_filter, tuple(outputs), has_entropy, inplace)
     with gemm.whole_sums(hidden.device.type, hidden.dtype):
         return choose(head, needs).backward(head, Saved(*saved), labels, grad_logps, grad_entropy, needs)
+
+
+def _grad_(
+    grad_weight: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    saved: list[Tensor],
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    options |= dict(needs_weight=True, inplace=True)
+    everything = [*Saved(*saved)._replace(grad_weight=grad_weight)]
+    gradients = _grad(hidden, weight, bias, labels, grad_logps, grad_entropy, everything, **options)
+    return gradients[0], gradients[2]
 
 
 def _fake_forward(
@@ -272,6 +300,7 @@ def _fake_forward(
             references=hidden.new_empty(_unknown_size(0), rows, dtype=exact),
             grad_hidden=hidden.new_empty(_unknown_size(0), hidden.shape[1], dtype=exact),
             kept=hidden.new_empty(_unknown_size(0)),
+            grad_weight=hidden.new_empty(_unknown_size(0), hidden.shape[1]),
             active=hidden.new_empty(_unknown_size(0), dtype=torch.uint8),
             schedule=hidden.new_empty(_unknown_size(5), dtype=torch.int64, device="cpu"),
         ),
@@ -303,13 +332,19 @@ def _fake_grad(
     )
 
 
+def _fake_grad_(grad_weight: Tensor, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    grad_hidden, _, grad_bias = _fake_grad(*tensors, **options, needs_weight=False)
+    return grad_hidden, grad_bias
+
+
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
 ) -> None:
     _, dropped, entropy, others, *saved = output
-    not_read = ("needs_hidden", "needs_weight", "memory_budget")
+    not_read = ("needs_hidden", "needs_weight", "memory_budget", "inplace_backward")
     ctx.options = {name: value for name, value in keyword_only_inputs.items() if name not in not_read}
     has_entropy = ctx.options["entropy_grad"] and "entropy" in ctx.options["outputs"]
+    ctx.inplace = keyword_only_inputs["inplace_backward"] and saves_without_hooks()
     ctx.mark_non_differentiable(dropped, others, *saved, *(() if has_entropy else (entropy,)))
     ctx.set_materialize_grads(False)  # no zeros of the saved tensors' size
     ctx.save_for_backward(*inputs, *saved)
@@ -322,30 +357,37 @@ def _backward(ctx: Any, grad_logps: Tensor | None, _dropped: None, grad_entropy:
         grad_logps = torch.zeros_like(grad_entropy)
     hidden, weight, bias, labels, *saved = ctx.saved_tensors
     needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    gradients = linear_token_logprobs_grad(
-        *(hidden, weight, bias, labels, grad_logps, grad_entropy, saved),
-        **ctx.options,
-        needs_hidden=needs_hidden,
-        needs_weight=needs_weight,
-        needs_bias=needs_bias,
-    )
+    inputs = hidden, weight, bias, labels, grad_logps, grad_entropy
+    options = dict(ctx.options, needs_hidden=needs_hidden, needs_bias=needs_bias)
+    if ctx.inplace and needs_weight and frees_saved_tensors() and (grad_weight := Saved(*saved).grad_weight).numel():
+        others = Saved(*saved)._replace(grad_weight=grad_weight.new_empty(0))
+        grad_hidden, grad_bias = linear_token_logprobs_grad_(grad_weight, *inputs, [*others], **options)
+        gradients = grad_hidden, grad_weight.detach(), grad_bias
+    else:
+        gradients = linear_token_logprobs_grad(*inputs, saved, **options, needs_weight=needs_weight)
     return *(gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad)), None
 
 
 linear_token_logprobs_op = register(
     f"linear_token_logprobs({_HEAD}, *, {TOKEN_OPTIONS}, bool needs_hidden, bool needs_weight, int? memory_budget, "
-    "float? gradient_filter, str[] outputs, bool entropy_grad, str? backend)"
+    "bool inplace_backward, float? gradient_filter, str[] outputs, bool entropy_grad, str? backend)"
     f" -> (Tensor logps, Tensor dropped, Tensor entropy, Tensor others, {', '.join(_SAVED)})",
     _forward,
     _fake_forward,
     backward=_backward,
     setup_context=_setup_context,
 )
+_GRAD_INPUTS = (
+    f"{_HEAD}, Tensor grad_logps, Tensor? grad_entropy, Tensor[] saved, *, {TOKEN_OPTIONS}, "
+    "bool needs_hidden, bool needs_bias, float? gradient_filter, str[] outputs, bool entropy_grad, str? backend"
+)
 linear_token_logprobs_grad = register(
-    f"linear_token_logprobs_grad({_HEAD}, Tensor grad_logps, Tensor? grad_entropy, Tensor[] saved, *, {TOKEN_OPTIONS}, "
-    "bool needs_hidden, bool needs_weight, bool needs_bias, float? gradient_filter, str[] outputs, "
-    "bool entropy_grad, str? backend)"
-    " -> (Tensor hidden, Tensor weight, Tensor bias)",
+    f"linear_token_logprobs_grad({_GRAD_INPUTS}, bool needs_weight) -> (Tensor hidden, Tensor weight, Tensor bias)",
     _grad,
     _fake_grad,
+)
+linear_token_logprobs_grad_ = register_overwriting(
+    f"linear_token_logprobs_grad_(Tensor(a!) grad_weight, {_GRAD_INPUTS}) -> (Tensor hidden, Tensor bias)",
+    _grad_,
+    _fake_grad_,
 )

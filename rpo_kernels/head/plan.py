@@ -13,6 +13,7 @@ import torch
 
 from ..kernels import native_head
 from ..kernels.interface import row_length
+from ..kernels.kept import SharedTiles
 from . import evaluation_plan
 from .budget import parse_budget
 from .cpu.plan import CpuWork
@@ -40,10 +41,12 @@ class MemoryPlan:
             The vocabulary, where one product without gradients takes it whole and no logits exist.
         tiles: tiles that the vocabulary is cut into.
         kept_tiles: tiles whose `d logp / d logits` is kept for the weight's gradient; backward recomputes the others.
-        kept_bytes: what waits for backward: the kept tiles, the hidden states' gradient, statistics.
+        kept_bytes: what waits for backward: the kept tiles, the hidden states' gradient, statistics. Without the tiles
+            that lie in the memory of the weight's gradient.
         forward_bytes: peak of the forward pass, kept bytes included.
         backward_bytes: peak of the backward pass, kept bytes included.
         gradient_bytes: the gradients themselves, not counted above.
+        shared: which of the kept tiles lie in the memory of the weight's gradient, which forward then allocates.
         head_gemms: `[rows, hidden] x [hidden, vocab]` products, forward and backward; with a column filter, as if all
             columns were active.
     """
@@ -56,6 +59,7 @@ class MemoryPlan:
     forward_bytes: int
     backward_bytes: int
     gradient_bytes: int
+    shared: SharedTiles
     head_gemms: float
 
     @property
@@ -81,6 +85,7 @@ def memory_plan(
     device: torch.device | str = "cpu",
     backend: str | None = None,
     weight_aligned: bool = True,
+    inplace_backward: bool = True,
 ) -> MemoryPlan:
     """Plan the LM head's work within a memory budget.
 
@@ -98,6 +103,9 @@ def memory_plan(
         device: where the work runs.
         backend: `"torch"` counts the copies of a tile that the torch reference makes and the other backends do not.
         weight_aligned: whether the weight's rows are contiguous and begin at multiples of 16 bytes, as a parameter's.
+        inplace_backward: whether tiles may be kept in the memory of the weight's gradient. Not so under hooks for
+            saved tensors (activation checkpointing, `save_on_cpu`) and in compiled graphs; and a backward pass with
+            `retain_graph` or `create_graph` takes memory for that gradient once more.
 
     Returns:
         `MemoryPlan`.
@@ -119,7 +127,9 @@ def memory_plan(
     needs = needs_hidden, needs_weight
     work: CpuWork | EvaluationWork | _Work
     if native_head.serves(device.type, dtype, backend):
-        work = CpuWork(*sizes, *needs, filtered=filtered, entropy=of_entropy, outputs=len(outputs))
+        work = CpuWork(
+            *sizes, *needs, filtered=filtered, entropy=of_entropy, outputs=len(outputs), inplace=inplace_backward
+        )
     elif not (outputs or needs_hidden or needs_weight) and evaluation_plan.serves(
         device, dtype, backend, width=hidden, capped=softcap is not None, aligned=weight_aligned
     ):
@@ -134,6 +144,7 @@ def memory_plan(
             exact_bytes=max(4, dtype.itemsize),
             has_softcap=softcap is not None,
             torch_backend=backend == "torch",
+            inplace=inplace_backward,
             device_shapes=_SHAPES.get(device.type, _ACCELERATOR_SHAPES),
         )
     return _plan(work, budget)
@@ -154,6 +165,7 @@ def _plan(work: "CpuWork | EvaluationWork | _Work", budget: int) -> MemoryPlan:
         forward_bytes=work.forward_bytes(chunk, tile, kept),
         backward_bytes=work.backward_bytes(chunk, tile, kept),
         gradient_bytes=work.gradient_bytes(),
+        shared=work.shared(chunk, tile, kept),
         head_gemms=1 + work.needs_hidden + work.needs_weight + recomputed,
     )
 
@@ -220,6 +232,7 @@ class _Work:
     exact_bytes: int  # bytes of an element of logits, statistics and accumulated gradients
     has_softcap: bool
     torch_backend: bool
+    inplace: bool  # whether the weight's gradient may overwrite kept P
     device_shapes: tuple[tuple[int, int], tuple[int, int]]  # rows a chunk and columns a tile: at first, and at least
 
     @property
@@ -287,9 +300,9 @@ class _Work:
         recomputes = self.filtered or kept * tile < self.vocab
         scaled = (chunk if self.converts else self.rows) * self.hidden * self.operand_bytes * self.needs_weight
         several = self.converts or (recomputes and self.rows > chunk)  # products for one tile of the gradient
-        gradient = (
-            self._columns(tile) * self.hidden * self.exact_bytes * (self.item_bytes != self.exact_bytes and several)
-        )
+        item = self.exact_bytes * (self.item_bytes != self.exact_bytes and several)
+        apart = self.item_bytes * self.shared(chunk, tile, kept).any_overlaps
+        gradient = self._columns(tile) * self.hidden * max(item, apart)
         of_tile = gradient * self.needs_weight + (4 + kept) * self.rows * self.exact_bytes
         if recomputes:
             weight = self._columns(tile) * self.hidden * self.operand_bytes * self.converts
@@ -304,17 +317,25 @@ class _Work:
         return saved + max(share + sums, gathered + sums + max(gathering, scaled + of_tile) - not_yet)
 
     def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
-        """Bytes saved for backward."""
+        """Bytes saved for backward, beyond the memory of the weight's gradient."""
         size = _SMALL + self.rows * (8 + 5 * self.exact_bytes) + self.positions * self.exact_bytes
         size += self.rows * self.hidden * self.exact_bytes * (self.needs_hidden and not self.filtered)
         if self.filtered:
             return size + math.ceil(self.rows / max(1, chunk)) * self.vocab
         columns = row_length(self.vocab) if kept * tile >= self.vocab else kept * tile
+        columns -= self.shared(chunk, tile, kept).tiles * tile
         return size + self.rows * (columns * self.item_bytes + kept * self.exact_bytes)
 
     def gradient_bytes(self) -> int:
         hidden = self.positions * self.hidden * self.item_bytes * self.needs_hidden
         return hidden + self.vocab * self.hidden * self.item_bytes * self.needs_weight
+
+    def shared(self, chunk: int, tile: int, kept: int) -> SharedTiles:
+        """The kept tiles whose P lies in the memory of the weight's gradient."""
+        largest = self.shapes[0][1]
+        if not self.inplace:
+            return SharedTiles()
+        return SharedTiles.fit(self.rows, tile, self.vocab, self.hidden, kept=kept, largest=largest)
 
     @property
     def converts(self) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.interface import TokenOptions
+from ..kernels.kept import SharedTiles
 
 
 class Rows(NamedTuple):
@@ -33,6 +34,7 @@ class Needs(NamedTuple):
     threshold: float | None = None  # of the gradient filter; None is exact
     outputs: tuple[str, ...] = ()  # of `kernels.interface.OUTPUT_FIELDS`
     entropy: bool = False  # whether the entropy may have a gradient
+    inplace: bool = False  # whether the weight's gradient may overwrite the P saved for it
 
     @property
     def filtered(self) -> bool:
@@ -49,21 +51,22 @@ class Needs(NamedTuple):
 class Schedule:
     """How rows and columns are cut; on the host."""
 
-    def __init__(self, rows: int, vocab: int, chunk: int, tile: int, kept_tiles: int):
-        self.rows, self.vocab, self.chunk, self.tile, self.kept_tiles = rows, vocab, chunk, tile, kept_tiles
+    def __init__(self, rows: int, vocab: int, chunk: int, tile: int, kept_tiles: int, shared: SharedTiles):
+        self.rows, self.vocab, self.chunk, self.tile = rows, vocab, chunk, tile
+        self.kept_tiles, self.shared = kept_tiles, shared
         self.chunks = spans(rows, chunk)
         self.tiles = spans(vocab, tile)
 
     def dump(self) -> Tensor:
         """As one tensor, for an operator to return."""
-        return torch.tensor(
-            [self.rows, self.vocab, self.chunk, self.tile, self.kept_tiles], dtype=torch.int64, device="cpu"
-        )
+        numbers = self.rows, self.vocab, self.chunk, self.tile, self.kept_tiles, *self.shared
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
     @classmethod
     def load(cls, packed: Tensor) -> "Schedule":
         """Back from `dump`."""
-        return cls(*packed.tolist())
+        rows, vocab, chunk, tile, kept_tiles, *shared = packed.tolist()
+        return cls(rows, vocab, chunk, tile, kept_tiles, SharedTiles(*shared))
 
 
 class Saved(NamedTuple):
@@ -73,9 +76,17 @@ class Saved(NamedTuple):
     stats: Tensor  # [4, N]: logp, a reference r, sum of exp(z - r), label's logit; then entropy, if differentiable
     references: Tensor  # [kept tiles, N]: the scale that makes the kept P, times -1, dlogp/dlogit
     grad_hidden: Tensor  # [N, H]: dlogp/dhidden, not rounded; or [0, H]
-    kept: Tensor  # flat: P of the kept tiles
+    kept: Tensor  # flat: P of the kept tiles, but of those in `grad_weight`
+    grad_weight: Tensor  # [V, H]: memory of the weight's gradient, with P of the first tiles until backward; or [0, H]
     active: Tensor  # flat uint8, [chunks, V]: columns that the filter left in
     schedule: Tensor  # flat int64, on the CPU
+
+    @classmethod
+    def nothing(cls, positions: Tensor, stats: Tensor, schedule: Tensor) -> "Saved":
+        """For no backward pass."""
+        empty = stats.new_empty(0, 0)
+        mask = empty.flatten().to(torch.uint8)
+        return cls(positions, stats, empty, empty, empty.flatten(), empty, mask, schedule)
 
 
 class Forward(NamedTuple):

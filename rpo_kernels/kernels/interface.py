@@ -41,41 +41,6 @@ class ActiveColumns(NamedTuple):
     threshold: float
 
 
-class KeptTiles(NamedTuple):
-    """Rows of the first tiles of a matrix `[N, V]`, tile after tile in flat memory."""
-
-    memory: Tensor
-    rows: int  # N
-    vocab: int  # V
-    tile_columns: int
-    tiles: int
-    span: slice  # of the rows
-
-    @classmethod
-    def size(cls, rows: int, vocab: int, tile_columns: int, tiles: int) -> int:
-        """Elements of memory."""
-        last = row_length(vocab - tile_columns * (tiles - 1)) if tile_columns * tiles > vocab else tile_columns
-        return rows * ((tiles - 1) * tile_columns + last) if tiles else 0
-
-    def of_rows(self, span: slice) -> "KeptTiles":
-        """Some rows of it."""
-        return self._replace(span=span)
-
-    def tile(self, number: int) -> Tensor:
-        """One tile, `[n, v]`."""
-        return self._padded(number)[self.span, : self.vocab - number * self.tile_columns]
-
-    def clear_padding(self) -> None:
-        """Write 0 after the last columns, so that the same input gives the same memory."""
-        if self.tiles:
-            self._padded(self.tiles - 1)[:, self.vocab - (self.tiles - 1) * self.tile_columns :].zero_()
-
-    def _padded(self, number: int) -> Tensor:
-        first = number * self.tile_columns
-        length = row_length(min(self.tile_columns, self.vocab - first))
-        return self.memory[self.rows * first : self.rows * (first + length)].view(self.rows, length)
-
-
 def row_length(columns: int) -> int:
     """Elements from one row of a tile to the next: a multiple of 16, which GEMMs and kernels read fastest."""
     return -(-columns // 16) * 16

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from .interface import ActiveColumns, Backend, KeptTiles, RowStats, TokenOptions
+from .interface import ActiveColumns, Backend, RowStats, TokenOptions
+from .kept import KeptTiles
 
 SLACK = 10 * math.log(2)  # exp(z - r) <= 2^10, which float16 can represent
 LARGEST_ENTRY = 2.0**14  # of a saved P at the label's column; the largest float16 is below 2^16

@@ -59,7 +59,7 @@ class _Backward:
 
     def __init__(self, head: Head, saved: Saved, labels: Tensor, loss: _Loss, needs: Needs):
         self.head, self.saved, self.loss, self.needs = head, saved, loss, needs
-        self.cuts = Cuts(*saved.schedule.tolist())
+        self.cuts = Cuts.load(saved.schedule)
         self.labels = labels.flatten()[saved.positions]
         self.hidden = torch.zeros_like(head.hidden) if needs.hidden else head.hidden.new_empty(0)
         self.weight = self._weight_memory()
@@ -68,6 +68,8 @@ class _Backward:
     def _weight_memory(self) -> Tensor:
         if not self.needs.weight:
             return self.head.weight.new_empty(0)
+        if self.needs.inplace:
+            return self.saved.grad_weight
         if self.needs.filtered or not self.cuts.rows:  # columns that are not computed have the gradient 0
             return torch.zeros_like(self.head.weight, memory_format=torch.contiguous_format)
         return torch.empty_like(self.head.weight, memory_format=torch.contiguous_format)
@@ -78,21 +80,31 @@ class _Backward:
         pairs = self.needs.hidden and self.needs.deferred
         work = Work(self.head, self.cuts, weight=recomputes, pairs=pairs, unit=recomputes)
         chunks = [_BackwardChunk(work, self, number) for number in range(len(self.cuts.chunks))]
-        # A single chunk writes the gradient directly; several are summed in float32.
-        size = self.cuts.buffers.columns * self.cuts.width if self.needs.weight and len(chunks) > 1 else 0
-        memory = torch.empty(size, dtype=torch.float32, device="cpu")
+        apart = self._memory_apart()
         for tile, columns in enumerate(self.cuts.tiles):
             out = self.weight[columns]
-            if size:
-                out = memory[: out.numel()].view(out.shape).zero_()
+            if self._is_apart(tile):
+                out = apart[: len(out)].zero_()
             for chunk in chunks:
                 chunk.read(tile, columns, out)
-            if size:
+            if self._is_apart(tile):
                 self.weight[columns] = out
         if self.needs.bias:
             self.bias.index_add_(0, self.labels, self.loss.gain)
         if self.needs.hidden and self.needs.deferred:
             self.write_hidden_gradient(chunk.hidden_gradient() for chunk in chunks)
+
+    def _is_apart(self, tile: int) -> bool:
+        """Whether the weight's gradient of a tile is computed in memory of its own, and copied: as the sum of several
+        chunks, in float32, or because it would overwrite P that is being read."""
+        return self.needs.weight and (
+            len(self.cuts.chunks) > 1 or (self.needs.inplace and self.cuts.shared.overlaps(tile))
+        )
+
+    def _memory_apart(self) -> Tensor:
+        columns = self.cuts.buffers.columns if any(map(self._is_apart, range(len(self.cuts.tiles)))) else 0
+        dtype = torch.float32 if len(self.cuts.chunks) > 1 else self.head.weight.dtype
+        return torch.empty(columns, self.cuts.width, dtype=dtype, device="cpu")
 
     def write_hidden_gradient(self, chunks: Iterable[Tensor]) -> None:
         """Put the chunks' rows `[n, H]` where their positions read the hidden states."""
@@ -151,7 +163,7 @@ class _BackwardChunk:
         """Saved P includes neither the loss's factor nor the final softmax sum: these multiply the hidden states."""
         moved = self.walk.saved.references[tile, self.span] - self.stats[1]
         factor = padded(-self.factor * self.stats[2] * torch.exp2(moved), 0)
-        kept = self.walk.cuts.kept(self.walk.saved.kept, tile, self.number)
+        kept = self.walk.cuts.kept(self.walk.saved.kept, self.walk.saved.grad_weight, tile, self.number)
         count = columns.stop - columns.start
         labels = self.columns - columns.start
         made = Tile(

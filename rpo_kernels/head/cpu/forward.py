@@ -20,7 +20,7 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
     """Log-probabilities of the scored rows, what the filter dropped, what backward reads, and outputs."""
     vocab, width = head.weight.shape
     count = len(rows.positions)
-    cuts = Cuts(count, vocab, width, plan.chunk_rows, plan.tile_columns, plan.kept_tiles)
+    cuts = Cuts(count, vocab, width, plan.chunk_rows, plan.tile_columns, plan.kept_tiles, plan.shared)
     differentiates = needs.hidden and not needs.deferred
     stats = head.hidden.new_zeros(6 if needs.entropy else 4, count, dtype=torch.float32)
     dropped, outputs = stats.new_zeros(count), stats.new_empty(len(needs.outputs), count)
@@ -30,15 +30,16 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
         references=stats.new_empty(cuts.kept_tiles, count),
         grad_hidden=stats.new_empty(count if differentiates else 0, width),
         kept=head.hidden.new_empty(cuts.kept_size()),
+        grad_weight=head.hidden.new_empty(vocab if cuts.shared.tiles else 0, width),
         active=head.hidden.new_zeros(len(cuts.chunks) * vocab if needs.filtered else 0, dtype=torch.uint8),
-        schedule=torch.tensor(cuts, dtype=torch.int64, device="cpu"),
+        schedule=cuts.dump(),
     )
     work = Work(head, cuts, pairs=differentiates, unit=needs.filtered)
     for number, span in enumerate(cuts.chunks):
         marks = saved.active[number * vocab : (number + 1) * vocab] if needs.filtered else None
         chunk = _Chunk(work, rows.positions[span], rows.labels[span], marks, needs)
         for tile, columns in enumerate(cuts.tiles):
-            kept = cuts.kept(saved.kept, tile, number) if tile < cuts.kept_tiles else None
+            kept = cuts.kept(saved.kept, saved.grad_weight, tile, number) if tile < cuts.kept_tiles else None
             chunk.read(columns, kept)
             if kept is not None:
                 saved.references[tile, span] = chunk.reference[: len(chunk.labels)]

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from ...kernels.native_head import PANEL, Buffers, panels
+from ...kernels.kept import SharedTiles
+from ...kernels.native_head import PANEL, STRIP, Buffers, panels
 
 LABEL_ROWS = 128  # rows whose labels' terms are computed at once
 # Rows a chunk and columns a tile: packed operands are read from caches.
@@ -26,6 +27,7 @@ class CpuWork:
     filtered: bool
     entropy: bool  # whether it has a gradient
     outputs: int
+    inplace: bool  # whether the weight's gradient may overwrite kept P
 
     @property
     def deferred(self) -> bool:
@@ -40,7 +42,7 @@ class CpuWork:
     def _fitted(self, chunk: int, tile: int) -> tuple[int, int]:
         chunks = max(1, math.ceil(self.rows / chunk))  # of equal size
         chunk = math.ceil(math.ceil(self.rows / chunks) / 32) * 32
-        return max(1, min(chunk, self.rows)), min(tile, math.ceil(self.vocab / 14) * 14)
+        return max(1, min(chunk, self.rows)), min(tile, math.ceil(self.vocab / STRIP) * STRIP)
 
     def peak_bytes(self, chunk: int, tile: int, kept: int) -> int:
         return max(self.forward_bytes(chunk, tile, kept), self.backward_bytes(chunk, tile, kept))
@@ -72,18 +74,27 @@ class CpuWork:
         of_rows += 4 * math.prod(shapes.gradient) * differentiates
         shapes = shapes._replace(rows=chunk)
         of_tile = self._tile_bytes(shapes, pairs=differentiates, unit=recomputes) if recomputes else 0
-        exact = 4 * min(tile, self.vocab) * self.hidden * (chunks > 1) * self.needs_weight
+        item = 4 if chunks > 1 else 2 * self.shared(chunk, tile, kept).any_overlaps
+        apart = item * min(tile, self.vocab) * self.hidden * self.needs_weight
         ending = (4 * math.prod(shapes.gradient) + chunk * self.hidden * 4) * differentiates
-        return saved + of_rows + of_tile + exact + ending
+        return saved + of_rows + of_tile + apart + ending
 
     def kept_bytes(self, chunk: int, tile: int, kept: int) -> int:
-        """Bytes saved for backward."""
+        """Bytes saved for backward, beyond the memory of the weight's gradient."""
         chunks = math.ceil(self.rows / chunk)
         size = _SMALL + self.rows * (24 + 8 * self.entropy) + self.positions * 8
         size += self.rows * self.hidden * 4 * (self.needs_hidden and not self.deferred)
         size += chunks * self.vocab * self.filtered
-        columns = min(math.ceil(self.vocab / 14) * 14, kept * tile)
+        shared = self.shared(chunk, tile, kept).tiles
+        columns = min(math.ceil(self.vocab / STRIP) * STRIP, kept * tile) - shared * tile
         return size + kept * self.rows * 4 + 2 * self._padded_rows(chunk) * columns
+
+    def shared(self, chunk: int, tile: int, kept: int) -> SharedTiles:
+        """The kept tiles whose P lies in the memory of the weight's gradient."""
+        columns, largest = tile, max(tile, _SHAPES[0][1])
+        if not self.inplace:
+            return SharedTiles()
+        return SharedTiles.fit(self._padded_rows(chunk), columns, self.vocab, self.hidden, kept=kept, largest=largest)
 
     def _padded_rows(self, chunk: int) -> int:
         """Rows of all chunks, each padded to whole panels."""

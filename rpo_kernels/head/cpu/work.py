@@ -1,19 +1,19 @@
 """Shared by forward and backward: chunks and tiles, and memory for packed operands."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...kernels import native_head
-from ...kernels.native_head import Buffers, Tile
+from ...kernels.kept import SharedTiles
+from ...kernels.native_head import STRIP, Buffers, Tile
 from ..schedule import spans
 from ..tiles import Head
 
 
 class Cuts(NamedTuple):
-    """Chunks of rows, tiles of columns, and the number of tiles whose P is saved."""
+    """Chunks of rows, tiles of columns, and the tiles whose P is saved."""
 
     rows: int
     vocab: int
@@ -21,6 +21,17 @@ class Cuts(NamedTuple):
     chunk_rows: int
     tile_columns: int
     kept_tiles: int
+    shared: SharedTiles  # of the kept ones
+
+    def dump(self) -> Tensor:
+        """As one tensor, for an operator to return."""
+        return torch.tensor([*self[:-1], *self.shared], dtype=torch.int64, device="cpu")
+
+    @classmethod
+    def load(cls, packed: Tensor) -> "Cuts":
+        """Back from `dump`."""
+        rows, vocab, width, chunk_rows, tile_columns, kept_tiles, *shared = packed.tolist()
+        return cls(rows, vocab, width, chunk_rows, tile_columns, kept_tiles, SharedTiles(*shared))
 
     @property
     def chunks(self) -> list[slice]:
@@ -35,17 +46,28 @@ class Cuts(NamedTuple):
         """Shapes for the largest chunk and tile."""
         return Buffers(min(self.rows, self.chunk_rows), min(self.vocab, self.tile_columns), self.width)
 
-    def kept(self, memory: Tensor, tile: int, chunk: int) -> Tensor:
-        """Saved P of a chunk and tile; stored tile after tile, each with all its chunks."""
-        sizes = [math.prod(Buffers(s.stop - s.start, 1, self.width).unit) for s in self.chunks]
-        strips = [Buffers(1, s.stop - s.start, 1).unit[0] for s in self.tiles[: tile + 1]]
-        start = sum(strips[:-1]) * sum(sizes) + strips[-1] * sum(sizes[:chunk])
-        return memory.view(torch.int32)[start : start + strips[-1] * sizes[chunk]]
+    def kept(self, memory: Tensor, grad_weight: Tensor, tile: int, chunk: int) -> Tensor:
+        """Saved P of a chunk and tile, packed; stored tile after tile, each with all its chunks."""
+        if tile < self.shared.tiles:
+            start, memory = self.shared.start(tile), grad_weight.view(-1)
+        else:
+            start = sum(map(self._kept_columns, range(self.shared.tiles, tile))) * sum(self._panel_rows)
+        columns = self._kept_columns(tile)
+        start += columns * sum(self._panel_rows[:chunk])
+        return memory[start : start + columns * self._panel_rows[chunk]].view(torch.int32)
 
     def kept_size(self) -> int:
-        """Elements of saved P, in bfloat16."""
-        strips = sum(Buffers(1, s.stop - s.start, 1).unit[0] for s in self.tiles[: self.kept_tiles])
-        return 2 * strips * sum(math.prod(Buffers(s.stop - s.start, 1, self.width).unit) for s in self.chunks)
+        """Elements of saved P outside the memory of the weight's gradient."""
+        return sum(map(self._kept_columns, range(self.shared.tiles, self.kept_tiles))) * sum(self._panel_rows)
+
+    def _kept_columns(self, tile: int) -> int:
+        columns = self.tiles[tile]
+        return -(-(columns.stop - columns.start) // STRIP) * STRIP
+
+    @property
+    def _panel_rows(self) -> list[int]:
+        """Rows of the chunks, padded to panels."""
+        return [native_head.panels(s.stop - s.start) * native_head.PANEL for s in self.chunks]
 
 
 class Work:

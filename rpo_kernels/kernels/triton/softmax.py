@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import ActiveColumns, KeptTiles, RowStats, TokenOptions, row_length
+from ..interface import ActiveColumns, RowStats, TokenOptions, row_length
+from ..kept import KeptTiles
 from ..softmax import LARGEST_ENTRY, SLACK, TileSoftmax
 from .arithmetic import COARSE, LOG2E, LOWEST, expm1, squash
 from .tiling import scales
@@ -19,7 +20,17 @@ BLOCK_H = 1024
 _SLACK = tl.constexpr(SLACK)
 _LARGEST_SUM = tl.constexpr(1024.0)  # e^SLACK
 _LARGEST_ENTRY = tl.constexpr(LARGEST_ENTRY)
-_INTEGERS = ["columns", "first_column", "rows", "row_start", "vocab", "tiles", "label_stride"]
+_INTEGERS = [
+    "columns",
+    "first_column",
+    "rows",
+    "row_start",
+    "vocab",
+    "tiles",
+    "shared_tiles",
+    "shared_first",
+    "label_stride",
+]
 # Views of these start at any address: do not specialise on their alignment.
 _VECTORS = ["labels", "tops", "sumexps", "label_logits", "logps", "references", "early_logits", "dropped", "factors"]
 
@@ -90,8 +101,8 @@ class FusedTileSoftmax(TileSoftmax):
         with torch.cuda.device_of(weight):
             finish_kernel[(len(labels),)](
                 *(labels, stats.max, stats.sumexp, stats.label_logit, stats.logp, references, sums, weight),
-                *(kept.memory, references.stride(0), weight.stride(), kept.rows, kept.span.start, kept.vocab),
-                *(kept.tile_columns, kept.tiles, *scales(options)),
+                *(kept.memory, kept.grad_weight, references.stride(0), weight.stride(), kept.rows, kept.span.start),
+                *(kept.vocab, kept.tile_columns, kept.tiles, kept.shared.tiles, kept.shared.first, *scales(options)),
                 SOFTCAP=options.softcap is not None,
                 KEEPS=kept.tiles > 0,
                 WIDTH=width,
@@ -243,6 +254,7 @@ def finish_kernel(
     sums,  # [n, WIDTH], or None
     weight,  # [V, WIDTH]
     kept,  # flat, of all rows
+    grad_weight,  # with the shared tiles from element `shared_first` on
     reference_stride,
     weight_strides,
     rows,  # of `kept`
@@ -250,6 +262,8 @@ def finish_kernel(
     vocab,
     tile_columns,
     tiles,
+    shared_tiles,
+    shared_first,
     inner,
     outer,
     SOFTCAP: tl.constexpr,
@@ -295,7 +309,9 @@ def finish_kernel(
             first = of_label * tile_columns
             columns = tl.minimum(vocab - first, tile_columns).to(tl.int32)
             length = (columns + 15) // 16 * 16
-            start = kept + first * rows + (row_start + row) * length
+            beyond = shared_tiles.to(tl.int64) * tile_columns * rows
+            memory = tl.where(of_label < shared_tiles, grad_weight + shared_first, kept - beyond)
+            start = memory + first * rows + (row_start + row) * length
             own = (label - first).to(tl.int32)
             if far:
                 for i in range(0, columns, BLOCK_H):
