@@ -13,7 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, PlatformError
 
-# The row kernels are compiled once for each vector level; the library picks one at run time (csrc/native.cpp).
+# The row kernels are compiled once for each instruction set; the library picks one at run time (csrc/native.cpp).
 X86_LEVELS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -25,7 +25,7 @@ COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hid
 COMMON_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 
 
-def vector_levels() -> dict[str, list[str]]:
+def instruction_sets() -> dict[str, list[str]]:
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
         return {**X86_LEVELS, "baseline": []}
@@ -43,18 +43,18 @@ class BuildNative(build_ext):
             self.warn(f"native CPU backend not built, the torch backend serves instead ({str(error)[:160]})")
 
     def compile_levels(self, ext: Extension) -> None:
-        levels, objects = vector_levels(), []
-        for level, flags in levels.items():
-            objects += self.compile("rows.cpp", level, [("RPO_LEVEL", level)], flags, ext)
-        have = list(levels)
-        if "avx512" in levels:
+        sets, objects = instruction_sets(), []
+        for isa, flags in sets.items():
+            objects += self.compile("rows.cpp", isa, [("RPO_ISA", isa)], flags, ext)
+        have = list(sets)
+        if "avx512" in sets:
             try:
                 for name, flags in X86_HEADS.items():
-                    objects += self.compile("head.cpp", name, [("RPO_HEAD", name)], levels["avx512"] + flags, ext)
+                    objects += self.compile("head.cpp", name, [("RPO_HEAD", name)], sets["avx512"] + flags, ext)
                 have.append("avx512bf16")
             except CompileError as error:  # a compiler older than the instruction
                 self.warn(f"built without bfloat16 products ({str(error)[:160]})")
-        objects += self.compile("native.cpp", "", [(f"RPO_HAVE_{level.upper()}", "1") for level in have], [], ext)
+        objects += self.compile("native.cpp", "", [(f"RPO_HAVE_{isa.upper()}", "1") for isa in have], [], ext)
         path = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         threads = ["-pthread"] if sys.platform != "darwin" else []

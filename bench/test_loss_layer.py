@@ -16,7 +16,7 @@ from rpo_kernels.benchmark.sampling import preserved
 from rpo_kernels.benchmark.timing import check
 from rpo_kernels.benchmark.truth import find_truth, verdict
 
-PAIRS = [(case, one) for case, kind in CASES.items() for one in find(kind.level)]
+PAIRS = [(case, one) for case, kind in CASES.items() for one in find(kind.source)]
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: f"{pair[0]}: {pair[1].name}")
@@ -25,7 +25,7 @@ def loaded(request):
     case, one = request.param
     option = request.config.getoption
     sequences, length = sequences_of(option("--rows"), option("--responses"))
-    hidden = option("--hidden") if CASES[case].level == "head" else 0
+    hidden = option("--hidden") if CASES[case].source == "head" else 0
     sizes = (sequences, length, option("--vocab"), hidden, option("--responses"), option("--dtype"), option("--device"))
     problem = Problem(case, "bench", *sizes)
     torch._dynamo.reset()

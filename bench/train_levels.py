@@ -25,16 +25,16 @@ from rpo_kernels.benchmark.results import save_json
 from rpo_kernels.benchmark.tables import Table, format_bytes
 
 RUNS = {
-    "logits": ["--loss-level", "logits"],
-    "head": ["--loss-level", "head"],
-    "head, filter 2^-16": ["--loss-level", "head", "--gradient-filter", str(2.0**-16)],
+    "logits": ["--loss-from", "logits"],
+    "head": ["--loss-from", "head"],
+    "head, filter 2^-16": ["--loss-from", "head", "--gradient-filter", str(2.0**-16)],
 }
 
 
-def train(arguments: list[str], level: list[str]) -> dict[str, Any]:
+def train(arguments: list[str], source: list[str]) -> dict[str, Any]:
     """One run: the metrics and history of its metrics.json, `peak_bytes` resident and `seconds`."""
     with tempfile.TemporaryDirectory(prefix="rpo-training-") as folder:
-        argv = [sys.executable, "-m", "rpo_kernels.cli", "train", *arguments, *level, "--output-dir", folder]
+        argv = [sys.executable, "-m", "rpo_kernels.cli", "train", *arguments, *source, "--output-dir", folder]
         start = time.monotonic()
         peak = run_process(argv)
         metrics = json.loads((Path(folder) / "metrics.json").read_text())
@@ -87,8 +87,8 @@ def draw(data: dict[str, Any], folder: Path, name: str, svg: bool = True) -> lis
     """Training loss, held-out loss and accuracy of the runs, one over the other, and their peak memory; PNG files."""
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     loss, accuracy, eval_loss, memory = figure.subplots(2, 2).flat
-    for (level, run), curve in zip(data["runs"].items(), CURVES):
-        style = {**curve, "label": level}
+    for (source, run), curve in zip(data["runs"].items(), CURVES):
+        style = {**curve, "label": source}
         loss.plot(range(1, len(losses(run)) + 1), losses(run), **style)
         accuracy.plot(*zip(*held_out(run, "accuracy")), marker="o", **style)
         eval_loss.plot(*zip(*held_out(run, "loss")), marker="o", **style)
@@ -144,9 +144,9 @@ def main() -> None:
     args = parser.parse_args()
     settings = {k: v for k, v in vars(args).items() if k not in ("model", "train_data", "eval_data", "out")}
     data, path = open_results(args.out, "training", "training-bf16" if args.bf16 else "training", settings)
-    for name, level in RUNS.items():
+    for name, source in RUNS.items():
         if name not in data["runs"]:
-            data["runs"][name] = train(flags(args), level)
+            data["runs"][name] = train(flags(args), source)
             save_json(data, path)
     print(*draw(data, path.parent, path.stem))
 

@@ -15,10 +15,10 @@ using rpo::Workers;
 RPO_INLINE int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 RPO_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-constexpr int64_t kGroup = 4;              // panels, at most, that meet a block of the weight while it is in the second-level cache
-constexpr int64_t kBlockBytes = 322560;    // of such a block
-constexpr int64_t kMaxBlockStrips = 18;    // of which the pairs of a panel are in the first-level cache
-constexpr int64_t kDepth = 16;             // panels whose hidden states are in the first-level cache (weight_gradient)
+constexpr int64_t kGroup = 4;            // panels, at most, per block of the weight in the second-level cache
+constexpr int64_t kBlockBytes = 322560;  // of such a block
+constexpr int64_t kMaxBlockStrips = 18;  // of which the pairs of a panel are in the first-level cache
+constexpr int64_t kDepth = 16;           // panels whose hidden states are in the first-level cache (weight_gradient)
 
 struct Shape {
   int64_t panels, strips, pieces, parts, pairs, block;
@@ -42,8 +42,8 @@ RPO_INLINE void share_out(const Workers& workers, int64_t count, const Task& tas
       workers, count, 1, [](const void* t, int64_t item) { (*static_cast<const Task*>(t))(item); }, &task);
 }
 
-RPO_INLINE uint32_t* unit_of(const HeadTile& t, const Shape& shape, int64_t strip, int64_t panel) {
-  return t.unit + (strip * shape.panels + panel) * kStrip * kPiece;
+RPO_INLINE uint32_t* grad_logits_of(const HeadTile& t, const Shape& shape, int64_t strip, int64_t panel) {
+  return t.grad_logits + (strip * shape.panels + panel) * kStrip * kPiece;
 }
 
 }  // namespace

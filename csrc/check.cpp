@@ -44,8 +44,8 @@ struct Worst {
   double logp = 0, sumexp = 0, entropy = 0, grad = 0;
 };
 
-// One batch of rows of `columns` columns on a level; errors go into `worst`.
-void check(const Level* level, DType dtype, const TokenTransform& options, int64_t columns, Worst& worst) {
+// One batch of rows of `columns` columns with an instruction set; errors go into `worst`.
+void check(const InstructionSet* isa, DType dtype, const TokenTransform& options, int64_t columns, Worst& worst) {
   constexpr int64_t kRows = 3;
   const double ulp = dtype == DType::kFloat32 ? 0x1p-24 : dtype == DType::kBFloat16 ? 0x1p-9 : 0x1p-12;
   std::mt19937 random(unsigned(columns) + unsigned(dtype));
@@ -62,8 +62,8 @@ void check(const Level* level, DType dtype, const TokenTransform& options, int64
   const Grad grad{fields[0], fields[1], fields[2], factors, {kRows, 1}, out.data(), {kRows * columns, columns}, dtype,
                   {}};
   const Workers workers{nullptr, 2};
-  rpo_row_stats(level, &workers, &logits, 0, &stats);
-  rpo_row_grad(level, &workers, &logits, &grad);
+  rpo_row_stats(isa, &workers, &logits, 0, &stats);
+  rpo_row_grad(isa, &workers, &logits, &grad);
 
   double squares = 0, errors = 0;
   for (int64_t r = 0; r < kRows; ++r) {
@@ -98,13 +98,13 @@ void check(const Level* level, DType dtype, const TokenTransform& options, int64
 int main() {
   const TokenTransform transforms[] = {{1, 0, 1}, {0.3, 0, 0.7}, {1, 30, 1}};
   bool passed = true;
-  std::istringstream levels(rpo_levels());
-  for (std::string name; levels >> name;) {
+  std::istringstream sets(rpo_instruction_sets());
+  for (std::string name; sets >> name;) {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
       Worst worst;
       for (const TokenTransform& options : transforms)
         for (const int64_t columns : {5, 8, 31, 64, 333, 9001, 70001})
-          check(rpo_level(name.c_str()), dtype, options, columns, worst);
+          check(rpo_instruction_set(name.c_str()), dtype, options, columns, worst);
       // In nats beyond rounding the value; gradients in norm, in units of half the type's last place.
       const bool good = worst.logp < 2e-6 && worst.sumexp < 3e-6 && worst.entropy < 5e-6 && worst.grad < 17;
       std::printf("%-8s dtype %d: logp %.1e sumexp %.1e entropy %.1e gradient %.2f %s\n", name.c_str(),

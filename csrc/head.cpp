@@ -57,10 +57,10 @@ RPO_INLINE void make_logits(const HeadTile& t, const Shape& shape, const Place& 
 }
 
 RPO_INLINE void write(const HeadTile& t, const Shape& shape, const Place& place, const Strip& strip) {
-  uint32_t* const unit = t.unit ? unit_of(t, shape, place.strip, place.panel) : nullptr;
+  uint32_t* const grad_logits = t.grad_logits ? grad_logits_of(t, shape, place.strip, place.panel) : nullptr;
   uint32_t* const pairs = t.pairs ? place.pairs + place.block_strip * kStrip / 2 * kPanel : nullptr;
-  if (t.stream) write<true>(strip, unit, pairs);
-  else write<false>(strip, unit, pairs);
+  if (t.stream) write<true>(strip, grad_logits, pairs);
+  else write<false>(strip, grad_logits, pairs);
 }
 
 // Adds the block's contribution to the gradient of the hidden states.
@@ -88,7 +88,7 @@ RPO_INLINE void walk(const HeadTile& t, const Shape& shape, int64_t first_panel,
         const Place place{panel, i, pairs, i - block};
         make_logits(t, shape, place, strip);
         weigh(place, strip);
-        if (t.unit || t.pairs) write(t, shape, place, strip);
+        if (t.grad_logits || t.pairs) write(t, shape, place, strip);
       }
       if (t.pairs) add_gradient(t, shape, panel, block, pairs);
     }
@@ -160,15 +160,15 @@ __attribute__((noinline)) void move_references(const HeadTile& t, const Shape& s
       _mm512_store_si512(pair + 16, scaled(_mm512_load_si512(pair + 16), (__m512)by_lane.b, (__m512)by_lane.b));
     }
   }
-  if (t.unit) {
+  if (t.grad_logits) {
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     const __m512 evens = _mm512_permutex2var_ps((__m512)by_lane.a, even, (__m512)by_lane.b);
     const __m512 odds = _mm512_permutex2var_ps((__m512)by_lane.a, odd, (__m512)by_lane.b);
     for (int64_t i = 0; i < place.strip; ++i) {
-      uint32_t* const unit = unit_of(t, shape, i, place.panel);
+      uint32_t* const grad_logits = grad_logits_of(t, shape, i, place.panel);
       for (int64_t r = 0; r < kStrip; ++r)
-        _mm512_store_si512(unit + r * kPiece, scaled(_mm512_load_si512(unit + r * kPiece), evens, odds));
+        _mm512_store_si512(grad_logits + r * kPiece, scaled(_mm512_load_si512(grad_logits + r * kPiece), evens, odds));
     }
   }
 }
@@ -209,7 +209,8 @@ RPO_INLINE void weigh_forward(const Transform& transform, const RunningRows& row
     Floats steepness, bits = transform.bits(x, reference, steepness), weight = exp2(bits);
     if (__builtin_expect(strip.masked, 0)) weight = masked(load(strip.live[r]), weight);
     (r % 2 ? odd : even) = (r % 2 ? odd : even) + weight;
-    if (marks && r < strip.columns && any_exceeds(weight, limit)) __atomic_store_n(marks + r, uint8_t(1), __ATOMIC_RELAXED);
+    if (marks && r < strip.columns && any_exceeds(weight, limit))
+      __atomic_store_n(marks + r, uint8_t(1), __ATOMIC_RELAXED);
     if (kOutputs) {
       Floats z = transform.absolute_bits(x, bits, reference);
       if (__builtin_expect(strip.masked, 0)) z = masked(load(strip.live[r]), z);
@@ -231,8 +232,8 @@ void add_dropped(const HeadTile& t, const Shape& shape, const RunningRows& rows,
   __m512 even = _mm512_setzero_ps(), odd = even;
   for (int64_t column = 0; column < t.column_count; ++column) {
     if (rows.marks[column]) continue;
-    const uint32_t* const unit = unit_of(t, shape, column / kStrip, panel) + column % kStrip * kPiece;
-    const __m512i x = _mm512_load_si512(unit);
+    const uint32_t* const grad_logits = grad_logits_of(t, shape, column / kStrip, panel) + column % kStrip * kPiece;
+    const __m512i x = _mm512_load_si512(grad_logits);
     even = _mm512_add_ps(even, even_floats(x));
     odd = _mm512_add_ps(odd, odd_floats(x));
   }
@@ -246,7 +247,7 @@ template <bool kOutputs, class Transform>
 void forward_with(const Workers& workers, const HeadTile& t, const RunningRows& rows) {
   const Shape shape(t);
   const Transform transform(t.options);
-  const bool keep = t.unit || t.pairs;
+  const bool keep = t.grad_logits || t.pairs;
   const int64_t size = group_of(workers, shape);
   share_out(workers, over(shape.panels, size), [&](int64_t group) {
     const int64_t first = group * size, last = smaller(first + size, shape.panels);

@@ -19,7 +19,7 @@
 #include "workers.h"
 
 namespace rpo {
-#define RPO_DECLARE(level) extern const Level level_##level;
+#define RPO_DECLARE(isa) extern const InstructionSet isa_##isa;
 RPO_DECLARE(avx512) RPO_DECLARE(avx2) RPO_DECLARE(neon) RPO_DECLARE(baseline)
 extern const HeadKernels head_avx512bf16, head_emulated;
 
@@ -97,9 +97,9 @@ extern "C" {
 
 #define RPO_API __attribute__((visibility("default")))
 
-// The vector levels this machine can run, best first, separated by spaces. "emulated", for tests, is AVX-512 with an
+// The instruction sets this machine can run, best first, separated by spaces. "emulated", for tests, is AVX-512 with an
 // emulation of the bfloat16 products of head.cpp.
-RPO_API const char* rpo_levels() {
+RPO_API const char* rpo_instruction_sets() {
 #if defined(RPO_HAVE_AVX512)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // such CPUs all have F16C
@@ -116,28 +116,28 @@ RPO_API const char* rpo_levels() {
 #endif
 }
 
-// One of `rpo_levels` or "emulated", or null.
-RPO_API const Level* rpo_level(const char* name) {
+// One of `rpo_instruction_sets` or "emulated", or null.
+RPO_API const InstructionSet* rpo_instruction_set(const char* name) {
 #if defined(RPO_HAVE_AVX512BF16)
-  static const Level avx512bf16{"avx512bf16", level_avx512.stats, level_avx512.grad, level_avx512.largest,
+  static const InstructionSet avx512bf16{"avx512bf16", isa_avx512.stats, isa_avx512.grad, isa_avx512.largest,
                                 &head_avx512bf16};
-  static const Level emulated{"emulated", level_avx512.stats, level_avx512.grad, level_avx512.largest,
+  static const InstructionSet emulated{"emulated", isa_avx512.stats, isa_avx512.grad, isa_avx512.largest,
                               &head_emulated};
 #endif
-  static const Level* const built[] = {
+  static const InstructionSet* const built[] = {
 #if defined(RPO_HAVE_AVX512BF16)
       &avx512bf16, &emulated,
 #endif
 #if defined(RPO_HAVE_AVX512)
-      &level_avx512, &level_avx2, &level_baseline,
+      &isa_avx512, &isa_avx2, &isa_baseline,
 #elif defined(RPO_HAVE_NEON)
-      &level_neon,
+      &isa_neon,
 #else
-      &level_baseline,
+      &isa_baseline,
 #endif
   };
-  for (const Level* level : built)
-    if (std::strcmp(level->name, name) == 0) return level;
+  for (const InstructionSet* isa : built)
+    if (std::strcmp(isa->name, name) == 0) return isa;
   return nullptr;
 }
 
@@ -152,7 +152,7 @@ RPO_API void rpo_use_large_pages(void* data, int64_t bytes) {
 }
 
 // Returns 0, or 1 if the segments' statistics could not be allocated.
-RPO_API int rpo_row_stats(const Level* level, const Workers* workers, const Logits* logits, int32_t continued,
+RPO_API int rpo_row_stats(const InstructionSet* isa, const Workers* workers, const Logits* logits, int32_t continued,
                           const Stats* out) {
   const Logits& l = *logits;
   const int64_t positions = l.batch * l.time, segments = segments_of(l);
@@ -164,9 +164,9 @@ RPO_API int rpo_row_stats(const Level* level, const Workers* workers, const Logi
     if (!p.is_scored) return;
     const char* x = p.row + s.first * element_size(l.dtype);
     Partial& partial = partials[item];
-    level->stats(l.options, l.dtype, x, s.columns, out->wants_all_sums(), &partial);
+    isa->stats(l.options, l.dtype, x, s.columns, out->wants_all_sums(), &partial);
     if (std::isnan(partial.sumexp)) rescan(l, p.row, s, partial);
-    if (out->max_before_label) partial.max_before_label = segment_max_before_label(level, l, p, s, partial);
+    if (out->max_before_label) partial.max_before_label = segment_max_before_label(isa, l, p, s, partial);
   });
   for_each(*workers, positions, kFinishGrain, [&](int64_t i) {
     finish(l, Position(l, i / l.time, i % l.time), &partials[i * segments], continued != 0, *out);
@@ -174,7 +174,7 @@ RPO_API int rpo_row_stats(const Level* level, const Workers* workers, const Logi
   return 0;
 }
 
-RPO_API void rpo_row_grad(const Level* level, const Workers* workers, const Logits* logits, const Grad* grad) {
+RPO_API void rpo_row_grad(const InstructionSet* isa, const Workers* workers, const Logits* logits, const Grad* grad) {
   const Logits& l = *logits;
   const Grad& g = *grad;
   const int64_t size = element_size(l.dtype), out_size = element_size(g.out_dtype), rows = l.batch * l.time;
@@ -191,42 +191,42 @@ RPO_API void rpo_row_grad(const Level* level, const Workers* workers, const Logi
     GradRow row = grad_row(l, p, s, g);
     row.stream = stream;
     row.out = out;
-    level->grad(l.options, l.dtype, p.row + s.first * size, s.columns, row);
+    isa->grad(l.options, l.dtype, p.row + s.first * size, s.columns, row);
   });
 }
 
-// ---- kernels of the LM head (head.h); only for vector levels with `rpo_has_head`.
+// ---- kernels of the LM head (head.h); only for instruction sets with `rpo_has_head`.
 
-RPO_API int rpo_has_head(const Level* level) { return level->head != nullptr; }
+RPO_API int rpo_has_head(const InstructionSet* isa) { return isa->head != nullptr; }
 
-RPO_API void rpo_head_pack_hidden(const Level* level, const Workers* workers, const Matrix* hidden, const float* factor,
-                                  uint32_t* lanes, uint32_t* elements) {
-  level->head->pack_hidden(*workers, *hidden, factor, lanes, elements);
+RPO_API void rpo_head_pack_hidden(const InstructionSet* isa, const Workers* workers, const Matrix* hidden,
+                                  const float* factor, uint32_t* lanes, uint32_t* elements) {
+  isa->head->pack_hidden(*workers, *hidden, factor, lanes, elements);
 }
 
-RPO_API void rpo_head_pack_weight(const Level* level, const Workers* workers, const Matrix* weight, uint32_t* rows,
-                                  uint32_t* pairs) {
-  level->head->pack_weight(*workers, *weight, rows, pairs);
+RPO_API void rpo_head_pack_weight(const InstructionSet* isa, const Workers* workers, const Matrix* weight,
+                                  uint32_t* rows, uint32_t* pairs) {
+  isa->head->pack_weight(*workers, *weight, rows, pairs);
 }
 
-RPO_API void rpo_head_forward(const Level* level, const Workers* workers, const HeadTile* tile,
+RPO_API void rpo_head_forward(const InstructionSet* isa, const Workers* workers, const HeadTile* tile,
                               const RunningRows* rows) {
-  level->head->forward(*workers, *tile, *rows);
+  isa->head->forward(*workers, *tile, *rows);
 }
 
-RPO_API void rpo_head_backward(const Level* level, const Workers* workers, const HeadTile* tile,
+RPO_API void rpo_head_backward(const InstructionSet* isa, const Workers* workers, const HeadTile* tile,
                                const FinishedRows* rows) {
-  level->head->backward(*workers, *tile, *rows);
+  isa->head->backward(*workers, *tile, *rows);
 }
 
-RPO_API void rpo_head_weight_gradient(const Level* level, const Workers* workers, const HeadTile* tile,
+RPO_API void rpo_head_weight_gradient(const InstructionSet* isa, const Workers* workers, const HeadTile* tile,
                                       const WeightGradient* gradient) {
-  level->head->weight_gradient(*workers, *tile, *gradient);
+  isa->head->weight_gradient(*workers, *tile, *gradient);
 }
 
-RPO_API void rpo_head_bias_gradient(const Level* level, const Workers* workers, const HeadTile* tile,
+RPO_API void rpo_head_bias_gradient(const InstructionSet* isa, const Workers* workers, const HeadTile* tile,
                                     const float* factor, const int32_t* index, float* out) {
-  level->head->bias_gradient(*workers, *tile, factor, index, out);
+  isa->head->bias_gradient(*workers, *tile, factor, index, out);
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// Vector loops over a run of consecutive columns of one row of logits; compiled once per vector level (setup.py).
+// Vector loops over a run of consecutive columns of one row of logits; compiled once per instruction set (setup.py).
 //
 // A run is read from memory once, in blocks that fit the first-level cache. A block's exponentials are relative to a
 // reference near the maximum of the columns so far; its sums are accumulated in double.
@@ -69,11 +69,11 @@ inline double sum(Floats x) {
   return s;
 }
 
-// Sums are nested: each accumulates a few dozen terms before it is added to the next, so that a sum that holds one large
-// term rounds off only few small ones.
+// Sums are nested: each accumulates a few dozen terms before it is added to the next, so that a sum that holds one
+// large term rounds off only few small ones.
 template <class T, class Transform, bool kAllSums>
 inline Partial block_stats(const Transform& transform, const T* x, int64_t columns) {
-  constexpr int kSets = 16 / kLanes;  // so that every vector level has the same number of partial sums
+  constexpr int kSets = 16 / kLanes;  // so that every instruction set has the same number of partial sums
   constexpr int64_t kChunk = 32 * kSets * kStep;
   Sums<kAllSums> all;
   int64_t i = 0;
@@ -311,12 +311,12 @@ void grad(const TokenTransform& options, DType dtype, const void* x, int64_t col
 
 }  // namespace
 
-#define RPO_NAME_(level) level_##level
-#define RPO_NAME(level) RPO_NAME_(level)
-#define RPO_STRING_(level) #level
-#define RPO_STRING(level) RPO_STRING_(level)
+#define RPO_NAME_(isa) isa_##isa
+#define RPO_NAME(isa) RPO_NAME_(isa)
+#define RPO_STRING_(isa) #isa
+#define RPO_STRING(isa) RPO_STRING_(isa)
 
 namespace rpo {
-extern const Level RPO_NAME(RPO_LEVEL);
-const Level RPO_NAME(RPO_LEVEL) = {RPO_STRING(RPO_LEVEL), stats, grad, largest_logit};
+extern const InstructionSet RPO_NAME(RPO_ISA);
+const InstructionSet RPO_NAME(RPO_ISA) = {RPO_STRING(RPO_ISA), stats, grad, largest_logit};
 }  // namespace rpo

@@ -43,13 +43,13 @@ struct GradRow {
 
 struct HeadKernels;
 
-// The kernels of one vector level.
-struct Level {
+// The kernels of one instruction set.
+struct InstructionSet {
   const char* name;
   void (*stats)(const TokenTransform&, DType, const void* x, int64_t columns, bool all_sums, Partial* out);
   void (*grad)(const TokenTransform&, DType, const void* x, int64_t columns, const GradRow&);
   float (*largest)(DType, const void* x, int64_t columns);  // -inf of no columns; ignores NaN
-  const HeadKernels* head = nullptr;  // null: this vector level has none
+  const HeadKernels* head = nullptr;  // null: this instruction set has none
 };
 
 }  // namespace rpo

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the native backend with the address and undefined-behaviour sanitizers, beside the normal one, and runs its
-# tests on every vector level of this machine. Needs GCC, and pytest and torch in the Python that is named.
+# tests on every instruction set of this machine. Needs GCC, and pytest and torch in the Python that is named.
 #
 #     csrc/sanitize.sh            # PYTHON=.venv/bin/python by default if it exists, else python
 #     csrc/sanitize.sh -k strided # arguments go to pytest
@@ -18,10 +18,10 @@ cp -r rpo_kernels "$copy" && mv "$copy/instrumented.so" "$copy/rpo_kernels/_nati
 
 export PYTHONPATH=$copy PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
-levels=$(LD_PRELOAD=$preload "$python" -c 'from rpo_kernels.kernels import native; print(*native.levels())')
-for level in $levels; do
-  echo "== $level"
-  RPO_KERNELS_NATIVE_LEVEL=$level LD_PRELOAD=$preload \
+isas=$(LD_PRELOAD=$preload "$python" -c 'from rpo_kernels.kernels import native; print(*native.instruction_sets())')
+for isa in $isas; do
+  echo "== $isa"
+  RPO_KERNELS_NATIVE_ISA=$isa LD_PRELOAD=$preload \
     "$python" -m pytest -q -p no:cacheprovider tests/test_row*.py tests/test_native.py -k native "$@"
 done
 

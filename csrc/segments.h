@@ -189,11 +189,11 @@ void finish(const Logits& l, const Position& p, const Partial* partials, bool co
 }
 
 // Maximum of a segment's logits before the label's column.
-float segment_max_before_label(const Level* level, const Logits& l, const Position& p, const Segment& s,
+float segment_max_before_label(const InstructionSet* isa, const Logits& l, const Position& p, const Segment& s,
                                const Partial& partial) {
   const int64_t column = p.label - l.first_column - s.first;
   if (column >= s.columns) return partial.top;
-  return column > 0 ? level->largest(l.dtype, p.row + s.first * element_size(l.dtype), column) : -kInfinity;
+  return column > 0 ? isa->largest(l.dtype, p.row + s.first * element_size(l.dtype), column) : -kInfinity;
 }
 
 // ---- gradient

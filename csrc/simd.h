@@ -1,7 +1,8 @@
-// Vector operations of the row kernels, for the vector level that this file is compiled for (RPO_LEVEL, setup.py).
+// Vector operations of the row kernels, for the instruction set that this file is compiled for (RPO_ISA, setup.py).
 // Arithmetic and comparisons are GCC/Clang vector extensions; intrinsics are used only for what these lack.
 //
-// Everything has internal linkage: with external linkage, the linker would merge functions of different vector levels.
+// Everything has internal linkage: with external linkage, the linker would merge functions of different instruction
+// sets.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +62,7 @@ RPO_INLINE Floats select(Ints mask, Floats x, Floats y) { return {select(mask.a,
 RPO_INLINE Floats absolute(Floats x) { return masked({0x7fffffff - IntVector{}, 0x7fffffff - IntVector{}}, x); }
 RPO_INLINE IntVector shift_right(IntVector x, int count) { return (IntVector)((WordVector)x >> count); }
 
-// ---- per vector level. maximum(x, y) is x > y ? x : y, so y if either is NaN; stream(p, v) bypasses the caches
+// ---- per instruction set. maximum(x, y) is x > y ? x : y, so y if either is NaN; stream(p, v) bypasses the caches
 
 #if defined(__AVX512F__)
 RPO_INLINE bool any(IntVector mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }

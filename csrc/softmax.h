@@ -100,9 +100,9 @@ RPO_INLINE Floats top_of(const Strip& strip) {
   return top;
 }
 
-// Writes the strip as bfloat16, unless null: a row of 32 for each column to `unit`, a pair of columns per row to `pairs`.
+// Writes the strip as bfloat16, unless null: a row of 32 for each column to `grad_logits`, pairs of columns to `pairs`.
 template <bool kStream>
-RPO_INLINE void write(const Strip& strip, uint32_t* unit, uint32_t* pairs) {
+RPO_INLINE void write(const Strip& strip, uint32_t* grad_logits, uint32_t* pairs) {
   const auto put = [](uint32_t* to, __m512i x) __attribute__((always_inline)) {
     if (kStream) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), x);
     else _mm512_store_si512(to, x);
@@ -110,9 +110,9 @@ RPO_INLINE void write(const Strip& strip, uint32_t* unit, uint32_t* pairs) {
   RPO_UNROLL for (int r = 0; r < kStrip; r += 2) {
     const Floats x = load(strip.x[r]), y = load(strip.x[r + 1]);
     const __m512i even = pack((__m512)x.a, (__m512)x.b), odd = pack((__m512)y.a, (__m512)y.b);
-    if (unit) {
-      put(unit + r * kPiece, even);
-      put(unit + (r + 1) * kPiece, odd);
+    if (grad_logits) {
+      put(grad_logits + r * kPiece, even);
+      put(grad_logits + (r + 1) * kPiece, odd);
     }
     if (pairs) interleave(even, odd, pairs + r / 2 * kPanel, pairs + r / 2 * kPanel + 16);
   }

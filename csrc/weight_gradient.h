@@ -1,4 +1,4 @@
-// Gradients of weight and bias, from the unit gradients of a tile.
+// Gradients of weight and bias, from the gradient of the logits of a tile.
 #pragma once
 
 #include "blocks.h"
@@ -65,7 +65,7 @@ void weight_gradient(const Workers& workers, const HeadTile& t, const WeightGrad
         Sums sums;
         if (panel) load(sums, x[strip - first][0]);
         else clear(sums);
-        add_pieces(sums, unit_of(t, shape, strip, panel), lanes, smaller(kDepth, shape.panels - panel));
+        add_pieces(sums, grad_logits_of(t, shape, strip, panel), lanes, smaller(kDepth, shape.panels - panel));
         store(sums, x[strip - first][0]);
       }
     }
@@ -82,7 +82,7 @@ void bias_gradient(const Workers& workers, const HeadTile& t, const float* facto
     for (int64_t r = 0; r < smaller(kStrip, t.column_count - strip * kStrip); ++r) {
       double sum = 0;
       for (int64_t panel = 0; panel < shape.panels; ++panel) {
-        const __m512i x = _mm512_load_si512(unit_of(t, shape, strip, panel) + r * kPiece);
+        const __m512i x = _mm512_load_si512(grad_logits_of(t, shape, strip, panel) + r * kPiece);
         const __m512 even = even_floats(x), odd = odd_floats(x);
         for (int64_t lane = 0; lane < 16; ++lane) {
           const float* const f = factor + panel * kPanel + 2 * lane;

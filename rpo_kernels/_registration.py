@@ -71,7 +71,7 @@ def register(
 
 
 def register_overwriting(schema: str, implementation: Callable, fake: Callable | None = None) -> Callable:
-    """Define an operator that overwrites its first argument; with `fake` if it returns something.
+    """Define an operator that overwrites its first argument; `fake` gives its results, if any, for fake tensors.
 
     Each call increments the version of the overwritten tensor, also when traced, so that autograd raises an error for
     operators that saved it before.
@@ -90,14 +90,15 @@ def saves_without_hooks() -> bool:
     """Whether autograd saves tensors without hooks, and checks their versions when they are unpacked.
 
     Under hooks for saved tensors (activation checkpointing, `save_on_cpu`) it may give the same memory to several
-    operators and checks no version.
+    operators and checks no version. Hooks that are registered on a node after forward are not seen.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
-def frees_saved_tensors() -> bool:
-    """Within an eager backward pass: whether nothing can read its saved tensors after it, as `retain_graph` lets."""
-    if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+def frees_saved(saved: Tensor) -> bool:
+    """Whether the running backward pass is eager and frees this tensor that forward saved, so that nothing reads it
+    later: not under `retain_graph` or `create_graph`."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_eager([saved], profiled=True):
         return False
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # private: torch may rename it
     return keeps is not None and not keeps()
@@ -123,14 +124,14 @@ def _function(
     return type(name, (torch.autograd.Function,), members)
 
 
-def _is_eager(tensors: Sequence[Any]) -> bool:
-    """Whether these are ordinary tensors, and no mode, transform or profiler must see the operator."""
+def _is_eager(tensors: Sequence[Any], profiled: bool = False) -> bool:
+    """Whether these are ordinary tensors, and no mode, transform or (unless `profiled`) profiler must see the call."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
-        and not torch.autograd._profiler_enabled()
+        and (profiled or not torch.autograd._profiler_enabled())
         and forward_ad._current_level < 0
         and all(_is_plain(x) for x in tensors)
     )

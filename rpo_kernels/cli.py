@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     try:
         return importlib.import_module(command.module).main(rest)
-    except (KeyboardInterrupt, ImportError) as error:
+    except (KeyboardInterrupt, Exception) as error:
         if _is_interruption(error):
             hint = "; --resume goes on from what was saved" if command.resumes else ""
             print(f"rpo-kernels {name}: interrupted{hint}", file=sys.stderr)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_interruption(error: BaseException | None) -> bool:
-    """Whether Ctrl-C caused an error: during an import it may surface as another exception."""
+    """Whether Ctrl-C caused an error: during an import it may surface as any other."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None

@@ -10,7 +10,7 @@ from ._checks import INTEGER, check_device, check_shape, check_tensor, checks_va
 from ._registration import TOKEN_OPTIONS, register, register_overwriting, saves_without_hooks
 from .kernels import dispatch
 from .kernels.interface import EntropyGrad, RowStats, TokenOptions
-from .outputs import Asked, pack, pack_empty
+from .outputs import RequestedOutputs, pack, pack_empty
 from .shared_rows import check_rows, shared_token_logprobs
 
 
@@ -65,7 +65,7 @@ def token_logprobs(
     """
     options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
     options.check()
-    asked = Asked.check(outputs)
+    asked = RequestedOutputs.check(outputs)
     _check(logits, labels, rows, shift)
     dispatch.check_backend(backend)
     if inplace_backward:

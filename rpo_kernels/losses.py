@@ -11,7 +11,7 @@ from .head.operator import linear_token_outputs
 from .kernels.interface import TokenOptions
 from .logprobs import token_logprobs
 from .objectives import RPO, Objective
-from .outputs import Asked
+from .outputs import RequestedOutputs
 from .preference import PreferenceBatch, RPOOutput
 from .sequences import Layout
 from .shared_rows import take_rows
@@ -151,7 +151,7 @@ def linear_rpo_loss(
         ref_hidden = None if ref_hidden is None else take_rows("ref_hidden", ref_hidden, rows, labels, shift)
     options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
     settings: dict[str, Any] = dict(memory_budget=memory_budget, backend=backend)
-    asked = Asked.check(("dropped",) if gradient_filter is not None else ())
+    asked = RequestedOutputs.check(("dropped",) if gradient_filter is not None else ())
     scored = linear_token_outputs(
         hidden, weight, batch.labels, bias, options, asked, gradient_filter=gradient_filter, **settings
     )
@@ -169,7 +169,7 @@ def linear_rpo_loss(
             )
         with torch.no_grad():
             ref_token_logps = linear_token_outputs(
-                ref_hidden, ref_weight, batch.labels, ref_bias, options, Asked.check(()), **settings
+                ref_hidden, ref_weight, batch.labels, ref_bias, options, RequestedOutputs.check(()), **settings
             ).logps
     elif ref_weight is not None or ref_bias is not None:
         raise ValueError("ref_weight and ref_bias go with ref_hidden, which was not given")

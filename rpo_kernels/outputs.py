@@ -10,7 +10,7 @@ from .kernels.interface import OUTPUT_FIELDS, RowStats
 
 
 class TokenOutputs(NamedTuple):
-    """What `outputs=` asked for, None where not: of the labels' shape, float32 (float64 for float64 inputs), 0 where
+    """What `outputs=` requested, None where not: of the labels' shape, float32 (float64 for float64 inputs), 0 where
     not scored. `logps` and `entropy` are differentiable."""
 
     logps: Tensor  # natural log-probability of the label
@@ -23,19 +23,21 @@ class TokenOutputs(NamedTuple):
     )
 
 
-class Asked(NamedTuple):
-    """The outputs asked for: those of a row's statistics, in a fixed order, and whether `dropped` is among them."""
+class RequestedOutputs(NamedTuple):
+    """The outputs requested: those of a row's statistics, in a fixed order, and whether `dropped` is among them."""
 
     statistics: tuple[str, ...]
     dropped: bool
 
     @classmethod
-    def check(cls, outputs: Sequence[str]) -> "Asked":
+    def check(cls, outputs: Sequence[str]) -> "RequestedOutputs":
         """From the argument `outputs`.
 
         Raises:
             ValueError: if it is not a sequence of names of `TokenOutputs`, other than `logps`.
         """
+        if outputs == ():
+            return _NOTHING
         names = TokenOutputs._fields[1:]
         if isinstance(outputs, str) or not set(outputs) <= set(names):
             raise ValueError(f"outputs must be a tuple of names among {names}, got {outputs!r}")
@@ -52,8 +54,13 @@ class Asked(NamedTuple):
         return TokenOutputs(logps, **fields)
 
 
+_NOTHING = RequestedOutputs((), False)
+
+
 def pack(stats: RowStats, outputs: Sequence[str], vocab: int) -> tuple[Tensor, Tensor]:
     """Entropy of the rows' shape, or empty, and the other outputs one after the other."""
+    if not outputs:
+        return stats.logp.new_empty(0), stats.logp.new_empty(0)
     entropy = stats.output("entropy", vocab) if "entropy" in outputs else stats.logp.new_empty(0)
     others = [stats.output(name, vocab) for name in outputs if name != "entropy"]
     return entropy, torch.stack(others) if others else stats.logp.new_empty(0)

@@ -19,7 +19,7 @@ from ._checks import INTEGER, check_device, check_tensor, checks_values
 from ._registration import TOKEN_OPTIONS, register, register_overwriting, saves_without_hooks
 from .kernels import dispatch, reference
 from .kernels.interface import EntropyGrad, RowStats, TokenOptions
-from .outputs import Asked, TokenOutputs, pack, pack_empty
+from .outputs import RequestedOutputs, TokenOutputs, pack, pack_empty
 
 
 class Saved(NamedTuple):
@@ -67,7 +67,7 @@ def shared_token_logprobs(
     labels: Tensor,
     rows: Tensor,
     options: TokenOptions,
-    asked: Asked,
+    asked: RequestedOutputs,
     inplace_backward: bool,
     backend: str | None,
 ) -> TokenOutputs:

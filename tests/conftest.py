@@ -11,8 +11,10 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is first imported
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # no graph of an older version of the package
 
+import head_cpu_cases  # noqa: E402
 import row_cases  # noqa: E402
-from rpo_kernels.kernels import dispatch  # noqa: E402
+from rpo_kernels.head.cpu import plan as cpu_plan  # noqa: E402
+from rpo_kernels.kernels import dispatch, native  # noqa: E402
 
 hypothesis.settings.register_profile("untimed", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("untimed")
@@ -57,6 +59,19 @@ def small_tiles(monkeypatch):
 
     monkeypatch.setattr(plan, "_SHAPES", {})
     monkeypatch.setattr(plan, "_ACCELERATOR_SHAPES", ((16, 256), (16, 256)))
+
+
+@pytest.fixture(params=head_cpu_cases.SETS or [pytest.param("none", marks=pytest.mark.skip(reason="needs AVX-512"))])
+def head_isa(request, monkeypatch) -> str:
+    """The bfloat16 units, where the CPU has them, and their emulation, in force for the test."""
+    monkeypatch.setenv(native.ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def small_cpu_tiles(monkeypatch):
+    """Chunks of 64 rows and tiles of 42 columns of the head on the CPU, so that small inputs have several of both."""
+    monkeypatch.setattr(cpu_plan, "_SHAPES", ((64, 42),))
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from rpo_kernels.benchmark.truth import find_truth, verdict
 
 LOGITS = Problem("logits", "test", 4, 8, 700, 0, dtype="float32")
 HEAD = Problem("head", "test", 4, 8, 700, 16, dtype="float32", softcap=30.0, logit_scale=0.5)
-EVERY = [(HEAD if CASES[case].level == "head" else LOGITS)._replace(case=case) for case in CASES]
+EVERY = [(HEAD if CASES[case].source == "head" else LOGITS)._replace(case=case) for case in CASES]
 
 
 @pytest.mark.parametrize("problem", [*EVERY, LOGITS._replace(responses=4)], ids=lambda p: f"{p.case}-{p.responses}")
@@ -59,7 +59,7 @@ def test_truth_is_autograd_in_float64(problem):
 def test_implementations_that_load_are_right(problem):
     """All but the compiled ones, whose compilation the benchmark suite pays for."""
     checked = []
-    for one in find(problem.kind.level):
+    for one in find(problem.kind.source):
         if "compile" in one.name or "Liger" in one.name or "triton" in one.name:
             continue
         try:

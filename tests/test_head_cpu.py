@@ -9,39 +9,11 @@ import pytest
 import torch
 
 import reference
+from head_cpu_cases import ROUNDED, SETS, make
 from rpo_kernels import linear_token_logprobs, memory_plan
 from rpo_kernels.head.cpu import plan as cpu_plan
 from rpo_kernels.kernels import native, native_head
 from rpo_kernels.kernels.interface import TokenOptions
-
-RUNNING = native.levels() if native.available() else []
-LEVELS = [level for level in ("avx512bf16", "emulated") if level in RUNNING or "avx512" in RUNNING[1:]]
-if "avx512bf16" not in RUNNING:
-    LEVELS = ["emulated"] if "avx512" in RUNNING else []
-ROUNDED = 4e-3  # of a gradient that was rounded to bfloat16 twice
-
-
-@pytest.fixture(params=LEVELS or [pytest.param("none", marks=pytest.mark.skip(reason="needs AVX-512"))])
-def level(request, monkeypatch):
-    """Each implementation of the products that this machine runs, in force for the test."""
-    monkeypatch.setenv(native.LEVEL_VARIABLE, request.param)
-    return request.param
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Chunks of 64 rows and tiles of 42 columns, so that small inputs have several of both."""
-    monkeypatch.setattr(cpu_plan, "_SHAPES", ((64, 42),))
-
-
-def make(rows, width, vocab, spread=3.0, seed=0):
-    """Hidden states, weight, and labels with the first and the last column among them; factors of the loss."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, width, generator=generator).bfloat16()
-    weight = (torch.randn(vocab, width, generator=generator) * spread / math.sqrt(width)).bfloat16()
-    labels = torch.randint(vocab, (rows,), generator=generator)
-    labels[0], labels[-1] = 0, vocab - 1
-    return hidden, weight, labels, torch.randn(rows, generator=generator)
 
 
 def run(hidden, weight, labels, factors, bias=None, **options):
@@ -74,7 +46,7 @@ def assert_close(got, wanted, value=5e-6):
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1), (5, 3, 2), (33, 40, 501), (64, 64, 280), (130, 97, 215), (31, 15, 14), (97, 33, 29)]
 )
-def test_sizes_that_are_multiples_of_nothing(level, small_tiles, sizes, budget):
+def test_sizes_that_are_multiples_of_nothing(head_isa, small_cpu_tiles, sizes, budget):
     inputs = make(*sizes)
     assert_close(run(*inputs, memory_budget=budget), expected(*inputs))
 
@@ -83,7 +55,7 @@ def test_sizes_that_are_multiples_of_nothing(level, small_tiles, sizes, budget):
     "options", [dict(softcap=5.0), dict(temperature=0.7, logit_scale=0.4), dict(softcap=3.0, logit_scale=2.0)]
 )
 @pytest.mark.parametrize("budget", [0, "1GB"], ids=["recomputed", "kept"])
-def test_transforms_and_bias(level, small_tiles, options, budget):
+def test_transforms_and_bias(head_isa, small_cpu_tiles, options, budget):
     hidden, weight, labels, factors = make(100, 50, 301, spread=6.0)
     bias = torch.randn(301).bfloat16()
     inputs = (hidden, weight, labels, factors, bias)
@@ -91,7 +63,7 @@ def test_transforms_and_bias(level, small_tiles, options, budget):
 
 
 @pytest.mark.parametrize("threshold", [None, 0.0, 2**-12])
-def test_columns_of_minus_infinity(level, small_tiles, threshold):
+def test_columns_of_minus_infinity(head_isa, small_cpu_tiles, threshold):
     """A bias may mask columns, whole tiles and all but the label."""
     hidden, weight, labels, factors = make(70, 24, 200)
     bias = torch.zeros(200).bfloat16()
@@ -104,7 +76,7 @@ def test_columns_of_minus_infinity(level, small_tiles, threshold):
     assert not logps.any() and not any(x.any() for x in gradients)
 
 
-def test_a_label_without_weight_and_a_row_of_nothing(level):
+def test_a_label_without_weight_and_a_row_of_nothing(head_isa):
     hidden, weight, labels, _ = make(40, 16, 64)
     bias = torch.zeros(64).bfloat16()
     bias[labels[0]] = -math.inf
@@ -114,7 +86,7 @@ def test_a_label_without_weight_and_a_row_of_nothing(level):
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_spoils_no_other(level, small_tiles, poison):
+def test_a_row_that_is_not_finite_spoils_no_other(head_isa, small_cpu_tiles, poison):
     hidden, weight, labels, factors = make(70, 24, 200)
     clean = run(hidden, weight, labels, factors)
     hidden[17, 3] = poison
@@ -126,7 +98,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(level, small_tiles, poison):
 
 @pytest.mark.parametrize("budget", [0, "1GB"], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("step", [1.0, 12.0, 40.0])
-def test_logits_that_rise_with_every_column(level, small_tiles, step, budget):
+def test_logits_that_rise_with_every_column(head_isa, small_cpu_tiles, step, budget):
     """The reference moves in every strip, by less and by more than what float32 holds."""
     hidden, weight, labels, factors = make(70, 8, 150, spread=0.5)
     hidden[:, 0] = torch.where(torch.arange(70) % 2 == 0, 1.0, -1.0)  # rising in some rows, falling in others
@@ -139,7 +111,7 @@ def test_logits_that_rise_with_every_column(level, small_tiles, step, budget):
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["hidden", "weight"])
 @pytest.mark.parametrize("threshold", [None, 2**-14])
-def test_one_gradient_alone_has_the_bits_of_both(level, small_tiles, needs, threshold):
+def test_one_gradient_alone_has_the_bits_of_both(head_isa, small_cpu_tiles, needs, threshold):
     hidden, weight, labels, factors = make(130, 40, 200)
     _, _, both = run(hidden, weight, labels, factors, gradient_filter=threshold, memory_budget=0)
     leaves = [x.clone().requires_grad_(need) for x, need in zip((hidden, weight), needs)]
@@ -149,7 +121,7 @@ def test_one_gradient_alone_has_the_bits_of_both(level, small_tiles, needs, thre
 
 
 @pytest.mark.parametrize("threshold", [2**-8, 2**-14])
-def test_the_filter_drops_what_it_says(level, small_tiles, threshold):
+def test_the_filter_drops_what_it_says(head_isa, small_cpu_tiles, threshold):
     """A column is left out only if |dlogp / dlogit| is at most the threshold in all rows of the chunk; the mass that
     is dropped is at least what was left out, and bounds the error."""
     hidden, weight, labels, factors = make(64, 32, 700, spread=12.0)
@@ -173,7 +145,7 @@ def test_the_filter_drops_what_it_says(level, small_tiles, threshold):
 
 
 @pytest.mark.parametrize("threshold", [None, 2**-12])
-def test_bits_do_not_depend_on_the_number_of_threads(level, monkeypatch, threshold):
+def test_bits_do_not_depend_on_the_number_of_threads(head_isa, monkeypatch, threshold):
     monkeypatch.setattr(cpu_plan, "_SHAPES", ((256, 252),))
     inputs, before = make(300, 40, 1000, spread=8.0), torch.get_num_threads()
     results = []
@@ -188,13 +160,13 @@ def test_bits_do_not_depend_on_the_number_of_threads(level, monkeypatch, thresho
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-@pytest.mark.skipif(len(LEVELS) < 2, reason="this CPU has no bfloat16 units to compare with")
+@pytest.mark.skipif(len(SETS) < 2, reason="this CPU has no bfloat16 units to compare with")
 @pytest.mark.parametrize("scale", [1.0, 2.0**-100], ids=["normal", "denormal sums"])
-def test_the_emulation_gives_the_bits_of_the_units(monkeypatch, small_tiles, scale):
+def test_the_emulation_gives_the_bits_of_the_units(monkeypatch, small_cpu_tiles, scale):
     hidden, weight, labels, factors = make(70, 45, 200)
     results = []
-    for name in LEVELS:
-        monkeypatch.setenv(native.LEVEL_VARIABLE, name)
+    for name in SETS:
+        monkeypatch.setenv(native.ISA_VARIABLE, name)
         logps, _, gradients = run(hidden, weight, labels, factors * scale, memory_budget="1GB")
         results.append((logps, *gradients))
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -204,12 +176,14 @@ def product(units, hidden):
     """`units^T hidden` of one column, rows [n], by the products for the weight's gradient; hidden `[n, 1]`."""
     rows = len(units)
     shapes = native_head.Buffers(rows, 1, 1)
-    unit, elements = (torch.zeros(shape, dtype=torch.int32) for shape in (shapes.unit, shapes.elements))
-    unit.view(torch.bfloat16).view(14, 32)[0, :rows] = torch.tensor(units).bfloat16()
+    grad_logits, elements = (torch.zeros(shape, dtype=torch.int32) for shape in (shapes.grad_logits, shapes.elements))
+    grad_logits.view(torch.bfloat16).view(14, 32)[0, :rows] = torch.tensor(units).bfloat16()
     states = torch.tensor(hidden).bfloat16()[:, None]
     native_head.pack_hidden(states, None, elements)
     none = torch.zeros(32)
-    tile = native_head.Tile(unit, unit, none.int() - 1, rows, 1, 1, TokenOptions(), unit=unit)
+    tile = native_head.Tile(
+        grad_logits, grad_logits, none.int() - 1, rows, 1, 1, TokenOptions(), grad_logits=grad_logits
+    )
     out = torch.zeros(1, 1)
     native_head.weight_gradient(tile, elements, native_head.LabelGain(states, none), None, out)
     return out.item()
@@ -226,11 +200,11 @@ def product(units, hidden):
         ([2.0**-60, 0.0], [2.0**-66, 0.0], 2.0**-126),  # the smallest that counts
     ],
 )
-def test_what_the_instruction_does(level, units, hidden, result):
+def test_what_the_instruction_does(head_isa, units, hidden, result):
     assert product(units, hidden) == result
 
 
-def test_a_weight_that_is_not_dense(level):
+def test_a_weight_that_is_not_dense(head_isa):
     hidden, weight, labels, factors = make(40, 24, 100)
     dense = run(hidden, weight, labels, factors)
     wide = torch.empty(100, 48, dtype=torch.bfloat16)
@@ -242,18 +216,18 @@ def test_a_weight_that_is_not_dense(level):
         assert torch.equal(logps, dense[0]) and torch.equal(gradient, dense[2][1])
 
 
-def test_no_scored_row(level):
+def test_no_scored_row(head_isa):
     hidden, weight, labels, factors = make(10, 24, 100)
     logps, _, gradients = run(hidden, weight, labels.fill_(-100), factors)
     assert not logps.any() and not any(x.any() for x in gradients)
 
 
-def test_the_plan_is_that_of_the_walk(level, monkeypatch):
+def test_the_plan_is_that_of_the_walk(head_isa, monkeypatch):
     """Where the units are not in use, the float32 walk is planned and serves."""
     planned = memory_plan(1000, 640, 100_000, memory_budget="10GB")
     assert planned.tile_columns % native_head.STRIP == 0 and planned.head_gemms == 3
-    monkeypatch.setenv(native.LEVEL_VARIABLE, "avx2")
-    assert native_head.reason() == f"{native.LEVEL_VARIABLE}=avx2" or level == "emulated"
+    monkeypatch.setenv(native.ISA_VARIABLE, "avx2")
+    assert native_head.reason() == f"{native.ISA_VARIABLE}=avx2" or head_isa == "emulated"
     assert memory_plan(1000, 640, 100_000, memory_budget="10GB") != planned
     inputs = make(40, 24, 100)
     assert_close(run(*inputs), expected(*inputs))
@@ -265,7 +239,7 @@ def test_the_plan_is_that_of_the_walk(level, monkeypatch):
     ids=["plain", "capped"],
 )
 @pytest.mark.parametrize("budget", [0, "1GB"], ids=["recomputed", "kept"])
-def test_batches_that_predict_the_next_token(level, small_tiles, options, budget):
+def test_batches_that_predict_the_next_token(head_isa, small_cpu_tiles, options, budget):
     """Labels beside the input ids, some of them ignored: row t - 1 predicts label t."""
     generator = torch.Generator().manual_seed(4)
     hidden, weight, labels, factors = make(60, 24, 300)
@@ -276,7 +250,7 @@ def test_batches_that_predict_the_next_token(level, small_tiles, options, budget
 
 
 @pytest.mark.parametrize("options", [dict(temperature=0.25), dict(logit_scale=3.0)], ids=str)
-def test_the_filters_threshold_is_on_the_gradient_of_the_logits(level, options):
+def test_the_filters_threshold_is_on_the_gradient_of_the_logits(head_isa, options):
     """A column stays out if `|dlogp / dlogit|`, the transform's slope included, is at most the threshold."""
     hidden, weight, labels, factors = make(64, 32, 700, spread=3.0)
     slope, threshold = options.get("logit_scale", 1.0) / options.get("temperature", 1.0), 2**-6

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import reference
+from head_cpu_cases import ROUNDED, make
 from rpo_kernels import linear_token_logprobs
 from rpo_kernels.head.cpu import plan as cpu_plan
-from test_head_cpu import ROUNDED, level, make, small_tiles  # noqa: F401  (fixtures)
 
 STATISTICS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 
@@ -39,7 +39,7 @@ OPTIONS = [dict(), dict(temperature=0.7, logit_scale=0.4), dict(softcap=3.0, log
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 3, 2), (33, 40, 501), (97, 33, 29)], ids=str)
-def test_values_and_gradients(level, small_tiles, sizes, options):  # noqa: F811
+def test_values_and_gradients(head_isa, small_cpu_tiles, sizes, options):
     hidden, weight, labels, factors = make(*sizes, spread=6.0)
     labels[::3] = (hidden[::3].double() @ weight.double().T).argmax(-1)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
@@ -62,7 +62,7 @@ def test_values_and_gradients(level, small_tiles, sizes, options):  # noqa: F811
 
 @pytest.mark.parametrize("threshold", [None, 2**-14])
 @pytest.mark.parametrize("budget", [0, "1GB"], ids=["recomputed", "kept"])
-def test_outputs_that_are_only_logged_change_no_bit(level, small_tiles, budget, threshold):  # noqa: F811
+def test_outputs_that_are_only_logged_change_no_bit(head_isa, small_cpu_tiles, budget, threshold):
     hidden, weight, labels, factors = make(130, 40, 215, spread=6.0)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     options = dict(memory_budget=budget, gradient_filter=threshold)
@@ -78,7 +78,7 @@ def test_outputs_that_are_only_logged_change_no_bit(level, small_tiles, budget, 
 
 
 @pytest.mark.parametrize("step", [12.0, 40.0])
-def test_logits_that_rise_with_every_column(level, small_tiles, step):  # noqa: F811
+def test_logits_that_rise_with_every_column(head_isa, small_cpu_tiles, step):
     """The reference moves in every strip, and with it what was added up before."""
     hidden, weight, labels, _ = make(70, 8, 150, spread=0.5)
     hidden[:, 0] = torch.where(torch.arange(70) % 2 == 0, 1.0, -1.0)
@@ -90,7 +90,7 @@ def test_logits_that_rise_with_every_column(level, small_tiles, step):  # noqa: 
     )
 
 
-def test_of_equal_logits_the_first_is_the_largest(level, small_tiles):  # noqa: F811
+def test_of_equal_logits_the_first_is_the_largest(head_isa, small_cpu_tiles):
     hidden, weight, _, _ = make(6, 24, 130)
     weight[:] = weight[0] / 64
     weight[[20, 60, 100]] = (hidden[0] / 8).bfloat16()  # equal, in three tiles and the same
@@ -100,7 +100,7 @@ def test_of_equal_logits_the_first_is_the_largest(level, small_tiles):  # noqa: 
     assert found.is_top1.tolist() == [1, 0, 0, 0, 1, 0]
 
 
-def test_masked_columns_and_certain_rows(level, small_tiles):  # noqa: F811
+def test_masked_columns_and_certain_rows(head_isa, small_cpu_tiles):
     hidden, weight, labels, _ = make(40, 16, 90)
     bias = torch.zeros(90).bfloat16()
     bias[10:] = -math.inf
@@ -118,7 +118,7 @@ def test_masked_columns_and_certain_rows(level, small_tiles):  # noqa: F811
     assert all(torch.isfinite(x).all() for x in torch.autograd.grad(found.entropy.sum(), leaves))
 
 
-def test_bits_do_not_depend_on_the_number_of_threads(level, monkeypatch):  # noqa: F811
+def test_bits_do_not_depend_on_the_number_of_threads(head_isa, monkeypatch):
     monkeypatch.setattr(cpu_plan, "_SHAPES", ((256, 252),))
     hidden, weight, labels, factors = make(300, 40, 1000, spread=8.0)
     leaves, before, results = [x.requires_grad_() for x in (hidden, weight)], torch.get_num_threads(), []

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from head_cpu_cases import make
 from rpo_kernels import linear_token_logprobs, memory_plan
 from rpo_kernels.kernels import native_head
-from test_head_cpu import make
 from test_plan import peak_of
 
 pytestmark = pytest.mark.skipif(native_head.reason() is not None, reason="needs bfloat16 units")

@@ -112,8 +112,7 @@ def test_tile_kernel_against_the_reference(available_backend):
     labels = torch.tensor([0, 127, 128, 299, 300, -5], device=device)  # the last two out of range
     logits = 3 * torch.randn(rows, vocab, device=device) + (torch.arange(vocab, device=device) // tile) * 9
     weight = torch.randn(vocab, width, device=device)
-    shared = SharedTiles.fit(rows, tile, vocab, width, kept=2, largest=tile)
-    assert shared.tiles == 2
+    shared = SharedTiles(2, (vocab * width - 2 * rows * tile) // 32 * 32, rows * tile, tile * width)
     for options in (TokenOptions(ignore_index=-(2**31)), TokenOptions(0.7, 20.0, 1.3, -(2**31))):
         found = []
         for softmax in (TileSoftmax(reference), FusedTileSoftmax(triton)):

@@ -1,4 +1,4 @@
-"""Tiny models of many families: our head on their hidden states against their own logits, and both loss levels."""
+"""Tiny models of many families: our head on their hidden states against their own logits, and the loss from both."""
 
 import pytest
 import torch
@@ -71,12 +71,12 @@ def test_both_levels_agree(family):
             parameter.add_(0.02 * torch.randn_like(parameter))
     check_head(model)
     results = {}
-    for level in ("logits", "head"):
+    for source in ("logits", "head"):
         model.zero_grad()
-        output = preference_loss(model, batch(), DPO(), LossLayer(level))
+        output = preference_loss(model, batch(), DPO(), LossLayer(source))
         output.loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        results[level] = output.loss.detach(), response_logps(model, batch(), LossLayer(level)), gradients
+        results[source] = output.loss.detach(), response_logps(model, batch(), LossLayer(source)), gradients
     (loss, logps, gradients), (expected_loss, expected_logps, expected) = results["head"], results["logits"]
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logps, expected_logps, rtol=1e-5, atol=1e-4)
@@ -90,7 +90,7 @@ def test_lora_with_a_frozen_head():
     config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(tiny("Llama"), config)
     check_head(model)
-    a, b = (preference_loss(model, batch(), DPO(), LossLayer(level)).loss for level in ("head", "logits"))
+    a, b = (preference_loss(model, batch(), DPO(), LossLayer(source)).loss for source in ("head", "logits"))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert find_head(model).weight.requires_grad is False
 
@@ -111,20 +111,20 @@ def lora(**options):
     ids=["adapted", "adapted with a bias", "trained whole"],
 )
 def test_a_head_that_peft_trains(options):
-    """Both levels give the same loss and gradients, with the adapter and without, and the adapter matters."""
+    """From both comes the same loss and gradients, with the adapter and without, and the adapter matters."""
     model = lora(**options)
     if "modules_to_save" in options:
         with torch.no_grad():
             find_head(model).weight.mul_(2)
     results = {}
-    for level in ("logits", "head"):
+    for source in ("logits", "head"):
         model.zero_grad()
-        loss = preference_loss(model, batch(), DPO(), LossLayer(level)).loss
+        loss = preference_loss(model, batch(), DPO(), LossLayer(source)).loss
         loss.backward()
         with model.disable_adapter():
-            reference = response_logps(model, batch(), LossLayer(level))
+            reference = response_logps(model, batch(), LossLayer(source))
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        results[level] = loss.detach(), response_logps(model, batch(), LossLayer(level)), reference, gradients
+        results[source] = loss.detach(), response_logps(model, batch(), LossLayer(source)), reference, gradients
     *values, gradients = results["head"]
     *expected_values, expected = results["logits"]
     torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-4)
@@ -183,7 +183,7 @@ def test_a_head_that_is_not_as_its_config_tells_is_found_out():
     model.register_forward_hook(lambda *args: transformers.modeling_outputs.CausalLMOutput(logits=args[2].logits + 1))
     with pytest.raises(ValueError, match="in a way that its config does not describe"):
         check_head(model)
-    assert LossLayer.of(model).level == "logits"
+    assert LossLayer.of(model).source == "logits"
     with pytest.raises(ValueError):
         LossLayer.of(model, "head")
 

@@ -1,4 +1,4 @@
-"""The native backend: accuracy at every vector level, conversions, memory bounds, threads."""
+"""The native backend: accuracy with every instruction set, conversions, memory bounds, threads."""
 
 import concurrent.futures
 import multiprocessing
@@ -13,7 +13,7 @@ from rpo_kernels.kernels.interface import OUTPUT_FIELDS, ActiveColumns, TokenOpt
 
 ALL = tuple(OUTPUT_FIELDS)
 needs_native = pytest.mark.skipif(not native.available(), reason=f"native: {native.reason()}")
-LEVELS = native.levels() if native.available() else ["none"]
+SETS = native.instruction_sets() if native.available() else ["none"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = {
     "plain": TokenOptions(),
@@ -22,12 +22,12 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    """Each vector level that this machine runs, in force for the test."""
+@pytest.fixture(params=SETS)
+def isa(request, monkeypatch):
+    """Each instruction set that this machine runs, in force for the test."""
     if not native.available():
         pytest.skip(f"native: {native.reason()}")
-    monkeypatch.setenv(native.LEVEL_VARIABLE, request.param)
+    monkeypatch.setenv(native.ISA_VARIABLE, request.param)
     return request.param
 
 
@@ -51,23 +51,23 @@ def exactly(logits, labels, grad_logps, options):
     return stats, reference.row_grad(logits.double(), labels, stats, grad_logps.double(), options)
 
 
-# Vector levels.
+# Instruction sets.
 
 
 @needs_native
 def test_level_in_use_is_the_best_one_or_the_one_named(monkeypatch):
-    monkeypatch.delenv(native.LEVEL_VARIABLE, raising=False)
-    assert native.info()["level"] == native.levels()[0]
-    for name in native.levels():
-        monkeypatch.setenv(native.LEVEL_VARIABLE, name)
-        assert native.info()["level"] == name
+    monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
+    assert native.info()["instruction_set"] == native.instruction_sets()[0]
+    for name in native.instruction_sets():
+        monkeypatch.setenv(native.ISA_VARIABLE, name)
+        assert native.info()["instruction_set"] == name
 
 
 @needs_native
 def test_level_that_this_machine_lacks_is_an_error(monkeypatch):
-    monkeypatch.setenv(native.LEVEL_VARIABLE, "avx1024")
+    monkeypatch.setenv(native.ISA_VARIABLE, "avx1024")
     logits, labels, _ = make_batch()
-    with pytest.raises(ValueError, match=f"{native.LEVEL_VARIABLE}='avx1024', but this machine runs {LEVELS[0]}"):
+    with pytest.raises(ValueError, match=f"{native.ISA_VARIABLE}='avx1024', but this machine runs {SETS[0]}"):
         native.row_stats(logits, labels)
 
 
@@ -79,7 +79,7 @@ def rounding_of(value):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("spread", [1.0, 15.0])
 @pytest.mark.parametrize("vocab", [1003, 70001])
-def test_accuracy_in_float32(level, vocab, spread, options):
+def test_accuracy_in_float32(isa, vocab, spread, options):
     """2e-6 in log-probability beyond rounding the value itself, 1e-6 in the gradient's norm, for |logit| <= 50."""
     logits, labels, grad_logps = make_batch((2, 4, vocab), spread=spread)
     exact, exact_grad = exactly(logits, labels, grad_logps, options)
@@ -91,7 +91,7 @@ def test_accuracy_in_float32(level, vocab, spread, options):
     assert (grad - exact_grad).norm() <= 1e-6 * exact_grad.norm()
 
 
-def test_accuracy_over_a_large_vocabulary(level):
+def test_accuracy_over_a_large_vocabulary(isa):
     logits, labels, grad_logps = make_batch((1, 2, 262144), spread=3.0)
     exact, exact_grad = exactly(logits, labels, grad_logps, TokenOptions())
     stats = native.row_stats(logits, labels)
@@ -100,7 +100,7 @@ def test_accuracy_over_a_large_vocabulary(level):
     assert (native.row_grad(logits, labels, stats, grad_logps) - exact_grad).norm() <= 1e-6 * exact_grad.norm()
 
 
-def test_maximum_anywhere(level):
+def test_maximum_anywhere(isa):
     """The running reference moves at a far larger logit wherever that comes, and at rising ones again and again."""
     vocab = 40000
     for column in (0, 300, 8191, 8192, 32767, 32768, 39999):
@@ -117,7 +117,7 @@ def test_maximum_anywhere(level):
     torch.testing.assert_close(stats.output("entropy", 1).double(), exact.output("entropy", 1), rtol=0, atol=2e-6)
 
 
-def test_exponential_over_its_whole_range(level):
+def test_exponential_over_its_whole_range(isa):
     """Probabilities from 1 down to where they leave the normal float32 numbers, one logit at a time. Their relative
     error is that of rounding the exponent: a float32 at this distance."""
     distance = torch.linspace(0, 86, 4001).view(1, -1, 1)
@@ -133,7 +133,7 @@ def test_exponential_over_its_whole_range(level):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-def test_gradient_in_another_dtype_is_rounded_once(level, dtype, out_dtype):
+def test_gradient_in_another_dtype_is_rounded_once(isa, dtype, out_dtype):
     """Whatever order of columns the vector types prefer: the float32 gradient, rounded as torch rounds it."""
     logits, labels, grad_logps = make_batch((2, 2, 1003), dtype)
     stats = native.row_stats(logits, labels)
@@ -148,7 +148,7 @@ def all_values_of(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_half_precision_value_is_read_exactly(level, dtype):
+def test_every_half_precision_value_is_read_exactly(isa, dtype):
     """Each of the 65,536 values as the only column of a row, where max is the value itself."""
     values = all_values_of(dtype)
     stats = native.row_stats(values.view(1, -1, 1), torch.zeros(1, 2**16, dtype=torch.long))
@@ -157,7 +157,7 @@ def test_every_half_precision_value_is_read_exactly(level, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_gradient_is_rounded_to_nearest_even(level, dtype):
+def test_half_precision_gradient_is_rounded_to_nearest_even(isa, dtype):
     """Every value of the type, every midpoint between two and its neighbours, and numbers too large for it."""
     values = all_values_of(dtype).float()
     values = values[values.isfinite()].sort().values
@@ -174,7 +174,7 @@ def test_half_precision_gradient_is_rounded_to_nearest_even(level, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("column", [0, 17, 1000, 40001])
-def test_a_nan_of_any_payload_survives(level, dtype, column):
+def test_a_nan_of_any_payload_survives(isa, dtype, column):
     bits = {torch.float32: 0x7FFFFFFF, torch.bfloat16: 0x7FFF, torch.float16: 0x7C01}[dtype]
     logits, labels, grad_logps = make_batch((1, 2, 40002), dtype)
     logits.view(torch.int32 if dtype == torch.float32 else torch.int16)[0, 1, column] = bits
@@ -190,7 +190,7 @@ def test_a_nan_of_any_payload_survives(level, dtype, column):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threshold", [1e-3, 0.0])
-def test_active_columns(level, dtype, threshold):
+def test_active_columns(isa, dtype, threshold):
     logits, labels, grad_logps = make_batch((3, 2, 1003), dtype)
     stats = native.row_stats(logits, labels)
     single = torch.empty(logits.shape)
@@ -202,7 +202,7 @@ def test_active_columns(level, dtype, threshold):
     assert torch.equal(mask.bool(), expected) and expected.any()
 
 
-def test_label_column_is_active_by_its_own_gradient(level):
+def test_label_column_is_active_by_its_own_gradient(isa):
     logits = torch.full((1, 1, 100), -30.0)
     logits[0, 0, 40] = 30.0
     labels = torch.tensor([[40]])
@@ -221,7 +221,7 @@ def test_label_column_is_active_by_its_own_gradient(level):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [*range(1, 70), 255, 257, 8193])
-def test_neighbours_are_not_touched(level, dtype, columns):
+def test_neighbours_are_not_touched(isa, dtype, columns):
     """Rows inside a larger tensor of NaN: statistics are clean, and the gradient is written between the NaN only."""
     before, after = 3, 5
     logits, labels, grad_logps = make_batch((1, 2, columns), dtype)
@@ -237,7 +237,7 @@ def test_neighbours_are_not_touched(level, dtype, columns):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_results_stream_past_the_caches_to_any_address(level, dtype):
+def test_large_results_stream_past_the_caches_to_any_address(isa, dtype):
     """Results beyond the caches take other stores, which want aligned addresses."""
     rows, columns = 5, 4_000_003 if dtype == torch.float32 else 8_000_003
     assert rows * columns * dtype.itemsize > 2**25
@@ -253,7 +253,7 @@ def test_large_results_stream_past_the_caches_to_any_address(level, dtype):
     assert torch.equal(streamed, native.row_grad(logits, labels, stats, grad_logps, out=logits))
 
 
-def test_output_over_another_part_of_the_logits(level):
+def test_output_over_another_part_of_the_logits(isa):
     """An `out` that overlaps the logits, other than as the logits themselves, comes out as if it did not."""
     logits, labels, grad_logps = make_batch((1, 4, 1003))
     stats = native.row_stats(logits, labels)
@@ -295,7 +295,7 @@ def test_bad_tensors_are_named(change, message):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 300_000), (2, 9, 40_000), (3, 700, 211)])
-def test_same_bits_on_any_number_of_threads(level, threads, monkeypatch, shape):
+def test_same_bits_on_any_number_of_threads(isa, threads, monkeypatch, shape):
     """On torch's pool and on threads of its own."""
     logits, labels, grad_logps = make_batch(shape, torch.bfloat16)
     labels[0, ::4] = -100

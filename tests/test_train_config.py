@@ -84,7 +84,7 @@ def test_demonstration_flags_come_first():
         ([*GIVEN, "--max-length", "1"], "max_length must be at least 2, got 1"),
         ([*GIVEN, "--memory-budget", "5XB"], "memory_budget must be bytes"),
         ([*GIVEN, "--gradient-filter", "-1"], "gradient_filter must be at least 0"),
-        ([*GIVEN, "--loss-level", "logits", "--memory-budget", "1GB"], "need the loss from hidden states"),
+        ([*GIVEN, "--loss-from", "logits", "--memory-budget", "1GB"], "need the loss from hidden states"),
         ([*GIVEN, "--save-strategy", "sometimes"], "sometimes"),
         (["config.json"], "expected a .yaml file or a --flag first, got 'config.json'"),
         (["absent.yaml"], "cannot read absent.yaml"),

@@ -129,7 +129,7 @@ def test_hidden_states_of_another_type_than_the_head_take_the_logits():
     sizes = dict(vocab_size=259, hidden_size=32, num_hidden_layers=1, state_size=8, num_heads=4, head_dim=16)
     config = Mamba2Config(**sizes, n_groups=1)
     model = AutoModelForCausalLM.from_config(config).bfloat16()
-    assert LossLayer.of(model).level == "logits"
+    assert LossLayer.of(model).source == "logits"
     with pytest.raises(ValueError, match="the loss cannot be computed from hidden states of this model"):
         LossLayer.of(model, "head")
 

@@ -88,7 +88,7 @@ MISTAKES = [
     ("--bf16-full-eval true", "bf16_full_eval must be False, got True: it casts the trained weights"),
     ("--auto-find-batch-size true", "auto_find_batch_size must be False"),
     ("--train-sampling-strategy group_by_length", "train_sampling_strategy must be random or sequential"),
-    ("--torch-compile true", "it needs --loss-level logits"),
+    ("--torch-compile true", "it needs --loss-from logits"),
     ("--fp16 true", "fp16 has no effect on a CPU"),
     ("--fsdp full_shard", "fsdp has no effect on a CPU"),
     ("--eval-strategy epoch", "eval_strategy 'epoch' needs --eval-data"),

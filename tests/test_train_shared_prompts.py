@@ -22,17 +22,17 @@ def data(count: int = 9):
     return with_reference(dataset(count, SIZES))
 
 
-def run(tmp_path, form: BatchForm, level: str = "head", **changes) -> tuple[list[dict], torch.Tensor]:
+def run(tmp_path, form: BatchForm, source: str = "head", **changes) -> tuple[list[dict], torch.Tensor]:
     """The logs of three steps of three groups, and the weights after them."""
     model = tiny_model()
     args = arguments(tmp_path, per_device_train_batch_size=3, logging_steps=1, learning_rate=1e-2, **changes)
-    trainer = RPOTrainer(model, args, RPO(beta=0.5), data(), loss_layer=LossLayer(level), batch_form=form)
+    trainer = RPOTrainer(model, args, RPO(beta=0.5), data(), loss_layer=LossLayer(source), batch_form=form)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry], parameters(model)
 
 
-@pytest.mark.parametrize("level", ["head", "logits"])
-def test_the_same_training_in_every_form(tmp_path, level):
+@pytest.mark.parametrize("source", ["head", "logits"])
+def test_the_same_training_in_every_form(tmp_path, source):
     """Losses, metrics, gradient norms and weights over three steps; with and without a token budget."""
     forms = {
         "padded": BatchForm(),
@@ -40,9 +40,9 @@ def test_the_same_training_in_every_form(tmp_path, level):
         "shared": BatchForm(shared=True),
         "shared by tokens": BatchForm(shared=True, max_tokens=60),
     }
-    logs, weights = run(tmp_path, forms.pop("padded"), level, optim="sgd")
+    logs, weights = run(tmp_path, forms.pop("padded"), source, optim="sgd")
     for name, form in forms.items():
-        ours, own_weights = run(tmp_path, form, level, optim="sgd")
+        ours, own_weights = run(tmp_path, form, source, optim="sgd")
         for found, expected in zip(ours, logs, strict=True):
             for key in ("loss", "grad_norm", "accuracy", "margin", "logp_best", "scored_tokens", "truncated_tokens"):
                 assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (name, key)
@@ -184,6 +184,6 @@ def test_flags(tmp_path, capsys):
 def test_reference_log_probabilities_are_those_of_separate_sequences():
     model, examples = tiny_model(), list(data(5))
     batches = [form(examples)["micro_batches"][0] for form in (BatchForm(), BatchForm(shared=True))]
-    for level in ("head", "logits"):
-        expected, found = (response_logps(model, batch, LossLayer(level)) for batch in batches)
+    for source in ("head", "logits"):
+        expected, found = (response_logps(model, batch, LossLayer(source)) for batch in batches)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)

@@ -151,10 +151,10 @@ def list_implementations(console: "Console", device: str) -> None:
 
     from .implementations.catalogue import find
 
-    for level in dict.fromkeys(case.level for case in CASES.values()):
-        for one in find(level):
+    for source in dict.fromkeys(case.source for case in CASES.values()):
+        for one in find(source):
             state = one.unavailable_reason(device) or f"{one.package or 'torch'} {one.version or torch.__version__}"
-            console.print(f"  {level:<7}{one.name:<33}{state}", highlight=False, soft_wrap=True)
+            console.print(f"  {source:<7}{one.name:<33}{state}", highlight=False, soft_wrap=True)
 
 
 def _bench(args: argparse.Namespace, console: "Console") -> int:
@@ -200,16 +200,16 @@ def plan_of(args: argparse.Namespace, other: tuple[str, str] | None = None) -> "
     from .implementations.catalogue import find
     from .measure import Plan, Subject
 
-    levels = dict.fromkeys(CASES[case].level for case in args.case)
-    chosen = {level: find(level, args.only) for level in levels}
+    sources = dict.fromkeys(CASES[case].source for case in args.case)
+    chosen = {source: find(source, args.only) for source in sources}
     states = _states(args)
     subjects: dict[str, list[Subject]] = {}
-    for level, implementations in chosen.items():
+    for source, implementations in chosen.items():
         if other is None:
-            subjects[level] = [Subject(one) for one in implementations]
+            subjects[source] = [Subject(one) for one in implementations]
         else:  # both in separate processes, so that only the commit differs
             ours = [one for one in implementations if one.is_ours]
-            subjects[level] = [s for one in ours for s in (Subject(one, str(ROOT)), Subject(one, *other))]
+            subjects[source] = [s for one in ours for s in (Subject(one, str(ROOT)), Subject(one, *other))]
     return Plan(
         problems_of(args, states), subjects, args.seconds, args.limit, states and states.path, not args.time_only
     )
@@ -234,14 +234,14 @@ def problems_of(args: argparse.Namespace, states: "States | None") -> list[Probl
             shape = shape._replace(**{f: getattr(states, f) for f in ("hidden", "vocab", "softcap", "logit_scale")})
         label, text = (name, None) if args.data is None else (Path(name).stem, args.data.name)
         for case in args.case:
-            level = CASES[case].level
+            source = CASES[case].source
             for dtype in args.dtype:
                 for vocab in args.vocab or [shape.vocab]:
-                    for rows in args.rows or [_DEFAULTS[args.device]["rows"][level]]:
+                    for rows in args.rows or [_DEFAULTS[args.device]["rows"][source]]:
                         sequences, length = sequences_of(rows, args.responses)
                         problems.append(
                             Problem(
-                                case, label, sequences, length, vocab, shape.hidden if level == "head" else 0,
+                                case, label, sequences, length, vocab, shape.hidden if source == "head" else 0,
                                 args.responses, dtype, args.device, shape.softcap, shape.logit_scale, text,
                             )
                         )  # fmt: skip

@@ -67,7 +67,7 @@ class Inputs(NamedTuple):
         loss: theirs is linear, with the gradient `grad_logps`."""
         token_logps = token_logps.reshape(self.labels.shape)
         logps = token_logps.sum(-1)
-        if self.problem.kind.level == "rows":
+        if self.problem.kind.source == "rows":
             return (token_logps * self.grad_logps).sum(), logps
         implicit = BETA * logps.reshape(self.problem.responses, -1)
         return -implicit.log_softmax(0)[0].mean(), logps

@@ -32,14 +32,14 @@ class Plan(NamedTuple):
     """What to measure, and how."""
 
     problems: list[Problem]
-    subjects: dict[str, list[Subject]]  # by level
+    subjects: dict[str, list[Subject]]  # by source
     seconds: float  # of sampling, a problem
     limit: int | None = None  # bytes that a measured implementation may take
     states: Path | None = None  # hidden states of real text
     memory: bool = True
 
     def of(self, problem: Problem) -> list[Subject]:
-        return self.subjects[problem.kind.level]
+        return self.subjects[problem.kind.source]
 
     @property
     def steps(self) -> int:
@@ -84,8 +84,8 @@ def _saved(data: dict[str, Any], path: Path) -> Iterator[None]:
 
 
 def _measure_memory(plan: Plan, batch: list[Problem], data: dict[str, Any], path: Path, report: Report) -> None:
-    for level, subjects in plan.subjects.items():
-        problems = [problem for problem in batch if problem.kind.level == level]
+    for source, subjects in plan.subjects.items():
+        problems = [problem for problem in batch if problem.kind.source == source]
         for subject in subjects if problems else []:
             report(f"memory: {subject.name}", 0)
             entries = [entry_of(data, problem) for problem in problems]

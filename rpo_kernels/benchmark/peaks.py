@@ -44,7 +44,7 @@ def measure_peaks(one: Implementation, problems: list[Problem], settings: PeakSe
     """Measure an implementation's peak memory on each problem.
 
     Args:
-        problems: all of the implementation's level; growing sizes, since one that does not fit rules out larger ones.
+        problems: with the implementation's source; growing sizes, since one that does not fit rules out larger ones.
 
     Returns:
         For each problem `status` ("ok", "unavailable", "out of memory" or "failed") and `reason`; if ok, `peak_bytes`
@@ -75,7 +75,7 @@ def _larger(a: Problem, b: Problem) -> bool:
 
 def _run_child(one: Implementation, problems: list[Problem], settings: PeakSettings) -> list[Result]:
     """Results of the first problems, at least one: the process stops where it runs out of memory."""
-    task = json.dumps([one.level, one.name, [p._asdict() for p in problems], settings._asdict()])
+    task = json.dumps([one.source, one.name, [p._asdict() for p in problems], settings._asdict()])
     command = [sys.executable, "-c", "from rpo_kernels.benchmark.peaks import child; child()"]
     try:
         done = subprocess.run(
@@ -132,10 +132,10 @@ def _attempt(one: Implementation, problem: Problem, settings: PeakSettings) -> R
 
 def child() -> None:
     """The measuring process: a task on standard input, a line of JSON for each problem on standard output."""
-    level, name, problems, settings = json.load(sys.stdin)
+    source, name, problems, settings = json.load(sys.stdin)
     for fields in problems:
         torch._dynamo.reset()
-        result = _attempt(find_one(level, name), Problem(**fields), PeakSettings(**settings))
+        result = _attempt(find_one(source, name), Problem(**fields), PeakSettings(**settings))
         print("> " + json.dumps(result), flush=True)
         if result["status"] == "out of memory":
             return

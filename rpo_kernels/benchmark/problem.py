@@ -12,13 +12,13 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Case(NamedTuple):
-    """One kind of work, done by every implementation of its level in the same way.
+    """One kind of work, done by every implementation that starts from its source in the same way.
 
     Every case but `rows` goes from logits, or hidden states and the LM head's weight, to a preference loss over groups
     of K responses (DPO for K = 2, its Plackett-Luce form above), and back to the gradients it names.
     """
 
-    level: str  # whose implementations take part: "rows", "logits" or "head"
+    source: str  # whose implementations take part: "rows", "logits" or "head"
     gradients: tuple[str, ...]  # the tensors that need one
     references: tuple[str, ...]  # what the machine does just before and just after each sample, see references.py
     summary: str
@@ -56,7 +56,7 @@ class Problem(NamedTuple):
 
     @property
     def from_logits(self) -> bool:
-        return self.kind.level != "head"
+        return self.kind.source != "head"
 
     @property
     def rows(self) -> int:

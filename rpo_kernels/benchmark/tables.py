@@ -86,7 +86,7 @@ def _filled(header: list[str], lines: list[list[str]]) -> tuple[list[str], list[
 
 
 def _cost_header(problem: Problem) -> list[str]:
-    if problem.kind.level == "rows":
+    if problem.kind.source == "rows":
         return ["stats of read", "grad of copy"]
     return ["GEMMs"] if problem.kind.references == ("gemm",) else [f"of {problem.kind.references[0]}"]
 
@@ -94,7 +94,7 @@ def _cost_header(problem: Problem) -> list[str]:
 def _costs(problem: Problem, entry: Entry, result: Result) -> list[str]:
     """Against the references. The least that must move: each pass reads the logits, a gradient is written once."""
     size, step = problem.logits_bytes, result["step_s"]
-    if problem.kind.level == "rows":
+    if problem.kind.source == "rows":
         read = share_of_rate(result, entry, "read", size, result["forward_s"])
         backward = [s - f for s, f in zip(step, result["forward_s"])]
         copy = share_of_rate(result, entry, "copy", 2 * size, backward)

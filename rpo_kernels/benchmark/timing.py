@@ -106,7 +106,7 @@ def work() -> None:
     """The worker's process."""
     fields, names, states = json.loads(sys.stdin.readline())
     problem = Problem(**fields)
-    implementations = [find_one(problem.kind.level, name) for name in names]
+    implementations = [find_one(problem.kind.source, name) for name in names]
     loaded = load(problem, implementations, None if states is None else Path(states))
     print("> " + json.dumps([loaded.results, loaded.facts]), flush=True)
     for line in sys.stdin:

@@ -83,7 +83,7 @@ def verdict(errors: dict[str, float], problem: Problem, approximate: bool) -> di
     """Whether results with these errors are right for the dtype: `status` "ok" or "wrong", and `reason`."""
     gradient, nats = _TOLERANCES["bfloat16" if approximate else problem.dtype]
     for name, error in errors.items():
-        if name == "loss" and problem.kind.level == "rows":
+        if name == "loss" and problem.kind.source == "rows":
             continue  # a sum of all rows with signs: no scale to hold it against
         allowed = gradient if name.startswith("grad_") else nats * problem.length
         if not error <= allowed:  # NaN is wrong too

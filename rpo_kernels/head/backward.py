@@ -72,7 +72,7 @@ class _Loss(NamedTuple):
 class _Piece(NamedTuple):
     """A part of U, `[n, v]`, up to a factor of each row."""
 
-    unit: Tensor
+    grad_logits: Tensor
     rows: slice
     factor: Tensor  # [N], the loss's included, of all rows
     weight: Tensor | None = None  # [v, H], where U was computed again
@@ -114,11 +114,13 @@ class _Tiles:
                 total.begin(columns, products, apart=overlaps)
             for piece in pieces:
                 if of_weight in totals:
-                    of_weight.add(piece.unit.T, scaled.take(piece.rows, piece.factor), piece.columns)
+                    of_weight.add(piece.grad_logits.T, scaled.take(piece.rows, piece.factor), piece.columns)
                 if of_bias in totals:
-                    of_bias.add(piece.unit.T, piece.factor[piece.rows, None].to(piece.unit.dtype), piece.columns)
+                    of_bias.add(
+                        piece.grad_logits.T, piece.factor[piece.rows, None].to(piece.grad_logits.dtype), piece.columns
+                    )
                 if self.sums is not None and piece.weight is not None:
-                    gemm.add_matmul(self.sums[piece.rows], piece.unit, piece.weight)
+                    gemm.add_matmul(self.sums[piece.rows], piece.grad_logits, piece.weight)
             for total in totals:
                 total.finish()
 
@@ -128,10 +130,10 @@ class _Tiles:
         for rows in (
             self.schedule.chunks if self.scratch.converts else spans(self.schedule.rows, max(1, self.schedule.rows))
         ):
-            unit = probabilities[rows]
+            grad_logits = probabilities[rows]
             if self.scratch.converts:
-                unit = self.scratch.unit(*unit.shape).copy_(unit)
-            yield _Piece(unit, rows, factor)
+                grad_logits = self.scratch.grad_logits(*grad_logits.shape).copy_(grad_logits)
+            yield _Piece(grad_logits, rows, factor)
 
     def _recomputed(self, tile: int) -> Iterator[_Piece]:
         columns = self.schedule.tiles[tile]
@@ -143,12 +145,12 @@ class _Tiles:
                 continue
             weight = self.scratch.load(columns, chosen)
             logits = self.scratch.logits(self.hidden[rows], weight, columns, chosen)
-            unit = self.scratch.unit(*logits.shape)
+            grad_logits = self.scratch.grad_logits(*logits.shape)
             stats = RowStats(*self.stats[:4, None, rows])
             of_logp, entropy = self.loss.row_grad(rows)
-            arguments = (logits[None], labels[None], stats, of_logp, self.head.row_options, first, unit[None])
+            arguments = (logits[None], labels[None], stats, of_logp, self.head.row_options, first, grad_logits[None])
             self.head.kernels.row_grad(*arguments, entropy=entropy)
-            yield _Piece(unit, rows, self.loss.factor, weight, chosen)
+            yield _Piece(grad_logits, rows, self.loss.factor, weight, chosen)
 
 
 class _ScaledRows:

@@ -29,5 +29,5 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
     for span in schedule.chunks:
         hidden, labels = head.take(rows.positions[span]), rows.labels[span]
         product.product_stats(hidden, head.weight, head.bias, labels, head.options, RowStats(*stats[:, None, span]))
-    saved = Saved.nothing(rows.positions, stats, schedule.dump())
+    saved = Saved.nothing(head.hidden, rows.positions, stats, schedule.dump())
     return Forward(stats[0].clone(), torch.zeros_like(stats[0]), saved, stats.new_empty(0, count))

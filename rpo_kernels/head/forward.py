@@ -99,7 +99,7 @@ class _Chunk:
                     head.kernels.row_stats(logits[None], self.labels[None], options, columns.start, self.stats)
                 continue
             in_kept = keeps and kept.memory.dtype == head.operand_dtype
-            out = kept.tile(tile) if in_kept else self.scratch.unit(*logits.shape)
+            out = kept.tile(tile) if in_kept else self.scratch.grad_logits(*logits.shape)
             to = scales[tile, self.span] if keeps else references
             moved = sums if tile else None
             head.softmax.weigh(logits, self.labels, self.stats, columns.start, options, to, out, moved)

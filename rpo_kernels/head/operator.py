@@ -9,7 +9,7 @@ from torch import Tensor
 from .._checks import INTEGER, check_device, check_shape, check_tensor
 from .._registration import (
     TOKEN_OPTIONS,
-    frees_saved_tensors,
+    frees_saved,
     register,
     register_overwriting,
     saves_without_hooks,
@@ -17,7 +17,7 @@ from .._registration import (
 from ..kernels.dispatch import check_backend
 from ..kernels.interface import TokenOptions
 from ..logprobs import check_label_range
-from ..outputs import Asked, TokenOutputs, pack_empty
+from ..outputs import RequestedOutputs, TokenOutputs, pack_empty
 from ..shared_rows import take_rows
 from . import gemm
 from .budget import parse_budget
@@ -90,7 +90,7 @@ def linear_token_logprobs(
     if rows is not None:
         hidden = take_rows("hidden", hidden, rows, labels, shift)
     options = TokenOptions(logit_scale, softcap, temperature, ignore_index, shift)
-    asked = Asked.check(outputs)
+    asked = RequestedOutputs.check(outputs)
     result = linear_token_outputs(
         *(hidden, weight, labels, bias, options, asked),
         entropy_grad=entropy_grad,
@@ -107,7 +107,7 @@ def linear_token_outputs(
     labels: Tensor,
     bias: Tensor | None,
     options: TokenOptions,
-    asked: Asked,
+    asked: RequestedOutputs,
     *,
     entropy_grad: bool = False,
     memory_budget: int | str | None = None,
@@ -208,7 +208,6 @@ def _forward(
         threshold=gradient_filter if differentiable else None,
         outputs=tuple(outputs),
         entropy=entropy_grad and differentiable and "entropy" in outputs,
-        inplace=inplace_backward,
     )
     plan = memory_plan(
         len(rows.positions),
@@ -302,7 +301,7 @@ def _fake_forward(
             kept=hidden.new_empty(_unknown_size(0)),
             grad_weight=hidden.new_empty(_unknown_size(0), hidden.shape[1]),
             active=hidden.new_empty(_unknown_size(0), dtype=torch.uint8),
-            schedule=hidden.new_empty(_unknown_size(5), dtype=torch.int64, device="cpu"),
+            schedule=hidden.new_empty(_unknown_size(9), dtype=torch.int64, device="cpu"),
         ),
     )
 
@@ -344,7 +343,7 @@ def _setup_context(
     not_read = ("needs_hidden", "needs_weight", "memory_budget", "inplace_backward")
     ctx.options = {name: value for name, value in keyword_only_inputs.items() if name not in not_read}
     has_entropy = ctx.options["entropy_grad"] and "entropy" in ctx.options["outputs"]
-    ctx.inplace = keyword_only_inputs["inplace_backward"] and saves_without_hooks()
+    ctx.inplace = keyword_only_inputs["inplace_backward"] and saves_without_hooks()  # whoever calls the operator
     ctx.mark_non_differentiable(dropped, others, *saved, *(() if has_entropy else (entropy,)))
     ctx.set_materialize_grads(False)  # no zeros of the saved tensors' size
     ctx.save_for_backward(*inputs, *saved)
@@ -359,7 +358,8 @@ def _backward(ctx: Any, grad_logps: Tensor | None, _dropped: None, grad_entropy:
     needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
     inputs = hidden, weight, bias, labels, grad_logps, grad_entropy
     options = dict(ctx.options, needs_hidden=needs_hidden, needs_bias=needs_bias)
-    if ctx.inplace and needs_weight and frees_saved_tensors() and (grad_weight := Saved(*saved).grad_weight).numel():
+    grad_weight = Saved(*saved).grad_weight
+    if ctx.inplace and needs_weight and frees_saved(grad_weight) and len(grad_weight):
         others = Saved(*saved)._replace(grad_weight=grad_weight.new_empty(0))
         grad_hidden, grad_bias = linear_token_logprobs_grad_(grad_weight, *inputs, [*others], **options)
         gradients = grad_hidden, grad_weight.detach(), grad_bias

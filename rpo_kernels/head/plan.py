@@ -103,9 +103,10 @@ def memory_plan(
         device: where the work runs.
         backend: `"torch"` counts the copies of a tile that the torch reference makes and the other backends do not.
         weight_aligned: whether the weight's rows are contiguous and begin at multiples of 16 bytes, as a parameter's.
-        inplace_backward: whether tiles may be kept in the memory of the weight's gradient. Not so under hooks for
-            saved tensors (activation checkpointing, `save_on_cpu`) and in compiled graphs; and a backward pass with
-            `retain_graph` or `create_graph` takes memory for that gradient once more.
+        inplace_backward: whether tiles may be kept in the memory of the weight's gradient, if they fill half of it.
+            Not so if only the bias needs a gradient, under hooks for saved tensors (activation checkpointing,
+            `save_on_cpu`) and in compiled graphs; and a backward pass with `retain_graph` or `create_graph` takes
+            memory for that gradient once more.
 
     Returns:
         `MemoryPlan`.
@@ -280,7 +281,7 @@ class _Work:
         labels = self.rows * (8 + self.exact_bytes) + self.positions
         scratch = self._scratch_bytes(chunk, tile)
         if differentiates and (kept * tile < self.vocab or self.converts):
-            scratch += self._unit_bytes(chunk, tile)
+            scratch += self._grad_logits_bytes(chunk, tile)
         return self.kept_bytes(chunk, tile, kept) + labels + scratch + of_chunk
 
     def backward_bytes(self, chunk: int, tile: int, kept: int) -> int:
@@ -307,7 +308,9 @@ class _Work:
         if recomputes:
             weight = self._columns(tile) * self.hidden * self.operand_bytes * self.converts
             of_tile += chunk * self._length(tile) * self.exact_bytes + weight
-            of_tile += self._reference_bytes(chunk, tile) + self._unit_bytes(chunk, tile) + 8 * chunk * self.exact_bytes
+            of_tile += (
+                self._reference_bytes(chunk, tile) + self._grad_logits_bytes(chunk, tile) + 8 * chunk * self.exact_bytes
+            )
         elif self.converts:
             of_tile += chunk * self._length(tile) * self.operand_bytes
         if self.filtered:
@@ -351,7 +354,7 @@ class _Work:
         weight = self._columns(tile) * self.hidden * self.operand_bytes * self.converts
         return chunk * self._length(tile) * self.exact_bytes + weight
 
-    def _unit_bytes(self, chunk: int, tile: int) -> int:
+    def _grad_logits_bytes(self, chunk: int, tile: int) -> int:
         """A tile of U beside the logits, where it cannot be written over them."""
         return chunk * self._length(tile) * self.operand_bytes * (self.operand_bytes != self.exact_bytes)
 

@@ -34,7 +34,7 @@ class Needs(NamedTuple):
     threshold: float | None = None  # of the gradient filter; None is exact
     outputs: tuple[str, ...] = ()  # of `kernels.interface.OUTPUT_FIELDS`
     entropy: bool = False  # whether the entropy may have a gradient
-    inplace: bool = False  # whether the weight's gradient may overwrite the P saved for it
+    inplace: bool = False  # in backward: whether the weight's gradient overwrites `Saved.grad_weight`
 
     @property
     def filtered(self) -> bool:
@@ -76,17 +76,17 @@ class Saved(NamedTuple):
     stats: Tensor  # [4, N]: logp, a reference r, sum of exp(z - r), label's logit; then entropy, if differentiable
     references: Tensor  # [kept tiles, N]: the scale that makes the kept P, times -1, dlogp/dlogit
     grad_hidden: Tensor  # [N, H]: dlogp/dhidden, not rounded; or [0, H]
-    kept: Tensor  # flat: P of the kept tiles, but of those in `grad_weight`
+    kept: Tensor  # flat: P of the kept tiles, except those in `grad_weight`
     grad_weight: Tensor  # [V, H]: memory of the weight's gradient, with P of the first tiles until backward; or [0, H]
     active: Tensor  # flat uint8, [chunks, V]: columns that the filter left in
     schedule: Tensor  # flat int64, on the CPU
 
     @classmethod
-    def nothing(cls, positions: Tensor, stats: Tensor, schedule: Tensor) -> "Saved":
-        """For no backward pass."""
-        empty = stats.new_empty(0, 0)
-        mask = empty.flatten().to(torch.uint8)
-        return cls(positions, stats, empty, empty, empty.flatten(), empty, mask, schedule)
+    def nothing(cls, hidden: Tensor, positions: Tensor, stats: Tensor, schedule: Tensor) -> "Saved":
+        """Where no backward pass follows, for hidden states `[M, H]`."""
+        rows, mask = stats.new_empty(0, hidden.shape[1]), hidden.new_empty(0, dtype=torch.uint8)
+        empty = hidden.new_empty(0, hidden.shape[1])
+        return cls(positions, stats, stats.new_empty(0, 0), rows, empty.flatten(), empty, mask, schedule)
 
 
 class Forward(NamedTuple):

@@ -128,16 +128,18 @@ class Scratch:
         bias = self.head.bias[columns]
         return logits.add_(bias if chosen is None else bias[chosen])
 
-    def unit(self, rows: int, columns: int) -> Tensor:
+    def grad_logits(self, rows: int, columns: int) -> Tensor:
         """Where a tile of U, or of P, is written for GEMMs to read: over the logits if it is of their dtype."""
-        return _view(self._logits if self.head.logits_dtype == self.head.operand_dtype else self._unit, rows, columns)
+        return _view(
+            self._logits if self.head.logits_dtype == self.head.operand_dtype else self._grad_logits, rows, columns
+        )
 
     @functools.cached_property
     def _logits(self) -> Tensor:
         return self.head.weight.new_empty(self.size, dtype=self.head.logits_dtype)
 
     @functools.cached_property
-    def _unit(self) -> Tensor:
+    def _grad_logits(self) -> Tensor:
         return self.head.weight.new_empty(self.size, dtype=self.head.operand_dtype)
 
     @functools.cached_property

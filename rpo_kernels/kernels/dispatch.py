@@ -95,7 +95,7 @@ def backend_info() -> dict[str, dict[str, Any]]:
 
     Returns:
         For each backend: `available` (bool), `device` that it runs on, `reason` why it is not available, and
-        `version` of torch or Triton, or vector level and threads of the native library; None where they do not apply.
+        `version` of torch or Triton, or instruction set and threads of the native library; None where not.
     """
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     info: dict[str, dict[str, Any]] = {}
@@ -103,7 +103,7 @@ def backend_info() -> dict[str, dict[str, Any]]:
         reason, version = unavailable_reason(name, device, torch.float32), None
         try:
             version = _versions(name) if reason is None else None
-        except ValueError as error:  # RPO_KERNELS_NATIVE_LEVEL names a vector level that is not available
+        except ValueError as error:  # RPO_KERNELS_NATIVE_ISA names an instruction set that is not available
             reason = str(error)
         info[name] = {"available": reason is None, "device": _device_name(device), "reason": reason, "version": version}
     return info

@@ -12,8 +12,9 @@ _ALIGNMENT = 32  # elements that P of a tile is aligned to
 class SharedTiles(NamedTuple):
     """The first kept tiles, whose P lies in the memory of the weight's gradient `[V, H]` until backward.
 
-    They end where that memory ends. Backward writes the gradient of a tile after reading its P, from the first tile on:
-    a tile's gradient ends before the next tile's P begins (`tests/test_kept_tiles.py`), and may overlap its own only.
+    They end, up to alignment, where that memory ends. Backward writes the gradient of a tile after reading its P, from
+    the first tile on: a tile's gradient ends before the next tile's P begins, and may overlap its own only. This needs
+    tiles of at least 31 columns, or rows in multiples of 32 (`tests/test_kept_tiles.py`).
     """
 
     tiles: int = 0
@@ -23,12 +24,16 @@ class SharedTiles(NamedTuple):
 
     @classmethod
     def fit(cls, rows: int, columns: int, vocab: int, width: int, *, kept: int, largest: int) -> "SharedTiles":
-        """As many of the kept tiles `[rows, columns]` as fit into `[vocab, width]`; about the same columns for every
-        `columns` that divides the largest."""
+        """As many of the kept tiles `[rows, columns]` as fit into `[vocab, width]`, counted in tiles of the `largest`
+        number of columns, so that the plan gains nothing by smaller ones. None where all tiles would leave more than
+        half of that memory empty: forward allocates it whole, and several calls may precede one backward pass."""
         fitting = vocab * width // (rows * largest) * (largest // columns) if rows else 0
-        count = min(kept, (vocab - 1) // columns, fitting)
-        first = (vocab * width - count * rows * columns) // _ALIGNMENT * _ALIGNMENT
-        return cls(count, first, rows * columns, columns * width) if count else cls()
+        fitting = min(fitting, (vocab - 1) // columns)
+        if not kept or 2 * fitting * rows * columns < vocab * width:
+            return cls()
+        tiles = min(kept, fitting)
+        first = (vocab * width - tiles * rows * columns) // _ALIGNMENT * _ALIGNMENT
+        return cls(tiles, first, rows * columns, columns * width)
 
     def start(self, tile: int) -> int:
         """Element at which P of a tile begins."""
@@ -41,7 +46,8 @@ class SharedTiles(NamedTuple):
     @property
     def any_overlaps(self) -> bool:
         """Whether one of them does."""
-        return self.overlaps(0) or self.overlaps(self.tiles - 1)  # linear in the tile
+        # By how many elements is linear in the tile, so largest for the first or the last.
+        return self.overlaps(0) or self.overlaps(self.tiles - 1)
 
 
 class KeptTiles(NamedTuple):

@@ -1,7 +1,7 @@
 """The token level in C++ on the CPU: loads the library that setup.py builds from csrc/ and passes it tensors.
 
-The library is plain C ABI, so one build serves every torch and Python version. It is compiled for several vector levels
-and uses the best that this machine supports; `RPO_KERNELS_NATIVE_LEVEL` selects another.
+The library is plain C ABI, so one build serves every torch and Python version. It is compiled for several instruction
+sets and uses the best that this machine supports; `RPO_KERNELS_NATIVE_ISA` selects another.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from torch import Tensor
 from .interface import ActiveColumns, EntropyGrad, RowStats, TokenOptions
 
 LIBRARY = Path(__file__).parent.parent / "_native.so"
-LEVEL_VARIABLE = "RPO_KERNELS_NATIVE_LEVEL"
+ISA_VARIABLE = "RPO_KERNELS_NATIVE_ISA"
 EMULATED = "emulated"  # AVX-512 with the LM head's bfloat16 products emulated, for tests
 MAPPED_BYTES = 2**25  # larger blocks are mapped anew by the allocator, and unmapped when they are freed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -54,39 +54,39 @@ def _changed_since_build() -> str | None:
 
 
 @functools.cache
-def levels() -> list[str]:
-    """The vector levels that this machine can run, best first."""
-    return _library().rpo_levels().decode().split()
+def instruction_sets() -> list[str]:
+    """The instruction sets that this machine can run, best first."""
+    return _library().rpo_instruction_sets().decode().split()
 
 
-def level() -> str:
-    """The vector level in use.
+def instruction_set() -> str:
+    """The instruction set in use.
 
     Raises:
-        ValueError: if `RPO_KERNELS_NATIVE_LEVEL` names a level that this machine cannot run.
+        ValueError: if `RPO_KERNELS_NATIVE_ISA` names one that this machine cannot run.
     """
-    wanted = os.environ.get(LEVEL_VARIABLE)
+    wanted = os.environ.get(ISA_VARIABLE)
     if not wanted:
-        return levels()[0]
-    if wanted not in levels() and not (wanted == EMULATED and "avx512" in levels()):
-        raise ValueError(f"{LEVEL_VARIABLE}={wanted!r}, but this machine runs {', '.join(levels())}")
+        return instruction_sets()[0]
+    if wanted not in instruction_sets() and not (wanted == EMULATED and "avx512" in instruction_sets()):
+        raise ValueError(f"{ISA_VARIABLE}={wanted!r}, but this machine runs {', '.join(instruction_sets())}")
     return wanted
 
 
 def has_head() -> bool:
-    """Whether the vector level in use has the LM head's bfloat16 products."""
-    return bool(_library().rpo_has_head(_level_pointer(level())))
+    """Whether the instruction set in use has the LM head's bfloat16 products."""
+    return bool(_library().rpo_has_head(_isa_pointer(instruction_set())))
 
 
 def info() -> dict[str, Any]:
-    """Vector level, number of threads, and the pool that they belong to."""
+    """Instruction set, number of threads, and the pool that they belong to."""
     threads = "torch's OpenMP pool" if _openmp() else "started for each call"
-    return {"level": level(), "threads": torch.get_num_threads(), "pool": threads}
+    return {"instruction_set": instruction_set(), "threads": torch.get_num_threads(), "pool": threads}
 
 
 def describe() -> str:
-    """Vector level and number of threads in words."""
-    return f"{level()}, {torch.get_num_threads()} threads"
+    """Instruction set and number of threads in words."""
+    return f"{instruction_set()}, {torch.get_num_threads()} threads"
 
 
 def row_stats(
@@ -103,7 +103,11 @@ def row_stats(
     dense = stats if running is None else [None if x is None else x.contiguous() for x in stats]
     pointers = _Stats(*(_pointer(x) for x in dense))
     failed = _library().rpo_row_stats(
-        _level_pointer(level()), byref(_workers()), byref(described.struct), running is not None, byref(pointers)
+        _isa_pointer(instruction_set()),
+        byref(_workers()),
+        byref(described.struct),
+        running is not None,
+        byref(pointers),
     )
     if failed:
         raise MemoryError("row_stats: no memory for partial sums")
@@ -148,7 +152,7 @@ def row_grad(
         _pointer(slope),
         (0, 0) if slope is None else slope.stride(),
     )
-    _library().rpo_row_grad(_level_pointer(level()), byref(_workers()), byref(described.struct), byref(struct))
+    _library().rpo_row_grad(_isa_pointer(instruction_set()), byref(_workers()), byref(described.struct), byref(struct))
     if active is not None and mask is not None and mask is not active.mask:
         active.mask.copy_(mask)
     return result if out is None or direct else out.copy_(result)
@@ -158,8 +162,10 @@ class _Logits(Structure):
     _fields_ = [
         ("data", c_void_p),
         ("labels", c_void_p),
-        ("stride", c_int64 * 2),
-        ("labels_stride", c_int64 * 2),
+        ("stride_b", c_int64),
+        ("stride_t", c_int64),
+        ("labels_stride_b", c_int64),
+        ("labels_stride_t", c_int64),
         ("batch", c_int64),
         ("time", c_int64),
         ("columns", c_int64),
@@ -207,8 +213,8 @@ class _Described:
         self.struct = _Logits(
             logits.data_ptr(),
             labels.data_ptr(),
-            logits.stride()[:2],
-            labels.stride(),
+            *logits.stride()[:2],
+            *labels.stride(),
             *logits.shape,
             first_column,
             options.ignore_index,
@@ -260,8 +266,8 @@ def _has_dense_rows(x: Tensor) -> bool:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
-    library.rpo_levels.restype = c_char_p
-    library.rpo_level.argtypes, library.rpo_level.restype = [c_char_p], c_void_p
+    library.rpo_instruction_sets.restype = c_char_p
+    library.rpo_instruction_set.argtypes, library.rpo_instruction_set.restype = [c_char_p], c_void_p
     library.rpo_has_head.argtypes = [c_void_p]
     library.rpo_use_large_pages.argtypes, library.rpo_use_large_pages.restype = [c_void_p, c_int64], None
     library.rpo_row_stats.argtypes = [c_void_p, POINTER(_Workers), POINTER(_Logits), c_int32, POINTER(_Stats)]
@@ -271,8 +277,8 @@ def _library() -> ctypes.CDLL:
 
 
 @functools.cache
-def _level_pointer(name: str) -> int:
-    return _library().rpo_level(name.encode())
+def _isa_pointer(name: str) -> int:
+    return _library().rpo_instruction_set(name.encode())
 
 
 @functools.cache

@@ -24,19 +24,19 @@ def reason() -> str | None:
     try:
         if native.has_head():
             return None
-    except ValueError as error:  # the variable names a vector level that is not available
+    except ValueError as error:  # the variable names an instruction set that is not available
         return str(error)
-    best = native.levels()[0]
+    best = native.instruction_sets()[0]
     if best == "avx512bf16":
-        return f"{native.LEVEL_VARIABLE}={native.level()}"
-    return f"no avx512_bf16 in this CPU or in the compiler that built {native.LIBRARY.name} (level {best})"
+        return f"{native.ISA_VARIABLE}={native.instruction_set()}"
+    return f"no avx512_bf16 in this CPU or in the compiler that built {native.LIBRARY.name} (it runs {best})"
 
 
 def describe() -> str:
     """The LM head's products for bfloat16 operands on the CPU, and the reason, in words."""
     unavailable = reason()
     if unavailable is None:
-        return f"bfloat16 operands, float32 results, softmax inside ({native.level()})"
+        return f"bfloat16 operands, float32 results, softmax inside ({native.instruction_set()})"
     return f"float32, operands converted: {unavailable}"
 
 
@@ -84,7 +84,7 @@ class Buffers(NamedTuple):
         return (-(-self.width // STRIP) * -(-self.columns // 2) * STRIP + PIECE,)
 
     @property
-    def unit(self) -> tuple[int, ...]:
+    def grad_logits(self) -> tuple[int, ...]:
         """d logp / d logits."""
         return (-(-self.columns // STRIP), panels(self.rows), STRIP, PIECE)
 
@@ -107,8 +107,8 @@ class Tile(NamedTuple):
     bias: Tensor | None = None  # [columns] float32
     pairs: Tensor | None = None
     gradient: Tensor | None = None  # added to, with `pairs`
-    unit: Tensor | None = None  # written
-    stream: bool = False  # write `unit` past the caches: it is read in backward only
+    grad_logits: Tensor | None = None  # written
+    stream: bool = False  # write `grad_logits` past the caches: it is read in backward only
 
 
 class OutputRows(NamedTuple):
@@ -186,7 +186,7 @@ class LabelGain(NamedTuple):
 def weight_gradient(
     tile: Tile, elements: Tensor, labels: LabelGain, index: Tensor | None, out: Tensor, add: bool = False
 ) -> None:
-    """`out[index] = unit^T elements`, and the labels' gain; bfloat16, or float32 `[.., H]` to add to."""
+    """`out[index] = grad_logits^T elements`, and the labels' gain; bfloat16, or float32 `[.., H]` to add to."""
     hidden, rounded = labels.hidden, out.dtype == torch.bfloat16
     struct = _WeightGradient(
         elements.data_ptr(),
@@ -201,7 +201,7 @@ def weight_gradient(
 
 
 def add_bias_gradient(tile: Tile, factor: Tensor, index: Tensor | None, out: Tensor) -> None:
-    """`out[index] += unit^T factor`, float32."""
+    """`out[index] += grad_logits^T factor`, float32."""
     _call("bias_gradient", byref(_tile(tile)), factor.data_ptr(), _pointer(index), out.data_ptr())
 
 
@@ -217,7 +217,7 @@ class _Tile(Structure):
         ("bias", c_void_p),
         ("labels", c_void_p),
         ("gradient", c_void_p),
-        ("unit", c_void_p),
+        ("grad_logits", c_void_p),
         ("row_count", c_int64),
         ("column_count", c_int64),
         ("width", c_int64),
@@ -253,7 +253,7 @@ class _WeightGradient(Structure):
 
 
 def _tile(tile: Tile) -> _Tile:
-    tensors = (tile.lanes, tile.weight, tile.pairs, tile.bias, tile.labels, tile.gradient, tile.unit)
+    tensors = (tile.lanes, tile.weight, tile.pairs, tile.bias, tile.labels, tile.gradient, tile.grad_logits)
     options = tile.options
     return _Tile(
         *map(_pointer, tensors),
@@ -293,4 +293,4 @@ def _functions() -> dict[str, Any]:
 
 def _call(name: str, *arguments: Any) -> None:
     workers = native._workers()
-    _functions()[name](native._level_pointer(native.level()), byref(workers), *arguments)
+    _functions()[name](native._isa_pointer(native.instruction_set()), byref(workers), *arguments)

@@ -101,9 +101,9 @@ class TileSoftmax:
         sumexp = stats.sumexp + torch.where(later, (label_logits - reference).exp(), 0)
         zeros, ones = torch.zeros_like(reference), torch.ones_like(reference)
         bound = RowStats(logp=zeros, max=reference, sumexp=sumexp, label_logit=zeros)
-        unit = logits if logits.dtype == dropped.dtype else torch.empty_like(logits, dtype=dropped.dtype)
-        self.kernels.row_grad(logits[None], labels[None], bound, ones, options, first_column, unit[None], active)
-        mass = unit @ (active.mask == 0).to(unit.dtype)  # off the labels dlogp / dlogit is negative
+        grad_logits = logits if logits.dtype == dropped.dtype else torch.empty_like(logits, dtype=dropped.dtype)
+        self.kernels.row_grad(logits[None], labels[None], bound, ones, options, first_column, grad_logits[None], active)
+        mass = grad_logits @ (active.mask == 0).to(grad_logits.dtype)  # off the labels dlogp / dlogit is negative
         dropped.mul_((before - reference).exp()[0]).sub_(mass.mul_(sumexp[0]))
 
     def finish(

@@ -123,8 +123,8 @@ def check_run(run: RunArguments) -> None:
     parse_budget(run.memory_budget, torch.device("cpu"))
     if run.gradient_filter is not None and not run.gradient_filter >= 0:
         raise ValueError(f"gradient_filter must be at least 0, got {run.gradient_filter}")
-    if run.loss_level == "logits" and (run.memory_budget is not None or run.gradient_filter is not None):
-        raise ValueError("memory_budget and gradient_filter need the loss from hidden states; loss_level is 'logits'")
+    if run.loss_from == "logits" and (run.memory_budget is not None or run.gradient_filter is not None):
+        raise ValueError("memory_budget and gradient_filter need the loss from hidden states; loss_from is 'logits'")
 
 
 def parse(argv: Sequence[str], demonstration: Sequence[str]) -> tuple[Settings, bool]:

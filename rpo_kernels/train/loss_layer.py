@@ -26,28 +26,28 @@ class LossLayer:
     `memory_budget` and `gradient_filter` are those of `linear_token_logprobs`, for the loss from hidden states.
     """
 
-    level: Literal["head", "logits"] = "logits"
+    source: Literal["head", "logits"] = "logits"
     memory_budget: int | str | None = None
     gradient_filter: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, level: str = "auto", **options: Any) -> "LossLayer":
+    def of(cls, model: nn.Module, source: str = "auto", **options: Any) -> "LossLayer":
         """The loss layer for a model: with `"auto"`, from hidden states where the model allows it.
 
         Raises:
-            ValueError: if `level` is `"head"` and the model does not allow it.
+            ValueError: if `source` is `"head"` and the model does not allow it.
         """
-        if level != "logits":
+        if source != "logits":
             try:
                 check_head(model)
             except (ValueError, RuntimeError) as error:  # hidden states of another type than the head's, for one
-                if level == "head":
+                if source == "head":
                     raise ValueError(
                         f"the loss cannot be computed from hidden states of this model: {error}"
                     ) from error
                 logger.warning(f"{error}; the loss is computed from the logits")
-                level = "logits"
-        return cls("logits" if level == "logits" else "head", **options)
+                source = "logits"
+        return cls("logits" if source == "logits" else "head", **options)
 
 
 def preference_loss(model: nn.Module, batch: dict, objective: Objective, layer: LossLayer = LossLayer()) -> RPOOutput:
@@ -61,7 +61,7 @@ def preference_loss(model: nn.Module, batch: dict, objective: Objective, layer: 
         group_ids=[g for g, size in enumerate(sizes) for _ in range(size)] if ragged else None,
         cu_seqlens=batch.get("cu_seqlens"),
     )
-    if layer.level == "logits":
+    if layer.source == "logits":
         logits, labels, places = _logits(model, batch)
         return rpo_loss(logits, labels, batch["rewards"], inplace_backward=True, **places, **groups)
 
@@ -84,7 +84,7 @@ def preference_loss(model: nn.Module, batch: dict, objective: Objective, layer: 
 def response_logps(model: nn.Module, batch: dict, layer: LossLayer = LossLayer()) -> Tensor:
     """Log-probability of each response of a batch, `[B]` float32: as needed from a reference model."""
     segments = Segments(len(batch["rewards"]), batch.get("cu_seqlens"))
-    if layer.level == "logits":
+    if layer.source == "logits":
         logits, labels, places = _logits(model, batch)
         return segments.sum(token_logprobs(logits, labels, **places))
 

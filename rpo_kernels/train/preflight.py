@@ -86,9 +86,9 @@ def check_settings(settings: Settings) -> None:
         raise SettingError("extend goes with --resume")
     if run.overwrite and (run.resume or args.resume_from_checkpoint):
         raise SettingError("overwrite removes what --resume would continue: give one of them")
-    if args.torch_compile and run.loss_level != "logits":
+    if args.torch_compile and run.loss_from != "logits":
         raise SettingError(
-            "torch_compile compiles the model's forward, which gives logits: it needs --loss-level logits"
+            "torch_compile compiles the model's forward, which gives logits: it needs --loss-from logits"
         )
     if args.resume_from_checkpoint is not None:
         unusable = checkpoints.defect(Path(args.resume_from_checkpoint))
@@ -186,7 +186,7 @@ def check_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrai
     if method is not None and not (args.lora_rank or source.endswith(".gguf")):
         raise RunError(f"the weights of {source} are packed ({method}): only an adapter can be trained, --lora-rank")
     model = models.without_weights(config)
-    if settings.run.loss_level == "head":
+    if settings.run.loss_from == "head":
         try:
             find_head(model)
         except ValueError as error:

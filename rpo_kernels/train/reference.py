@@ -60,7 +60,7 @@ def attach_reference_logps(
     model.to(args.device)
     loss_layer = loss_layer or LossLayer.of(model)
     batch_form = batch_form or BatchForm.of(model, pad_token_id=pad_token_id)
-    key = _model_key(model, args, f"{loss_layer.level} {'shared' if batch_form.shared else 'padded'}", with_adapter)
+    key = _model_key(model, args, f"{loss_layer.source} {'shared' if batch_form.shared else 'padded'}", with_adapter)
     path = Path(cache_dir or default_cache_dir() / "reference") / f"{key}.jsonl"
     known: LogpsByKey = {}
     # One process reads for all: another might already see what a third has written, and share out the work otherwise.

@@ -155,7 +155,7 @@ def _ready(settings: Settings, model: PreTrainedModel) -> PreTrainedModel:
 def _loss_layer(settings: Settings, model: PreTrainedModel) -> LossLayer:
     run = settings.run
     try:
-        return LossLayer.of(model, run.loss_level, memory_budget=run.memory_budget, gradient_filter=run.gradient_filter)
+        return LossLayer.of(model, run.loss_from, memory_budget=run.memory_budget, gradient_filter=run.gradient_filter)
     except ValueError as error:
         raise RunError(str(error)) from error
 

@@ -120,7 +120,7 @@ class RunArguments:
     max_tokens: int | None = _setting(
         None, "Tokens of a micro-batch, at most: splits a device's groups; a larger group is computed alone."
     )
-    loss_level: Literal["auto", "head", "logits"] = _setting(
+    loss_from: Literal["auto", "head", "logits"] = _setting(
         "auto", "Compute the loss from hidden states and the LM head, or from logits; auto: head where possible."
     )
     memory_budget: str | None = _setting(

@@ -61,10 +61,10 @@ class Unavailable(Exception):
 
 
 class Implementation(NamedTuple):
-    """One way to do the cases of a level."""
+    """One way to do the cases that start from a source."""
 
     name: str
-    level: str
+    source: str
     make: Callable[[Problem], Pass]
     device: str | None = None  # the device type it needs, None for any
     package: str | None = None  # the distribution it comes from, None for torch and this package
@@ -106,15 +106,15 @@ class Implementation(NamedTuple):
 REGISTRY: list[Implementation] = []
 
 
-def implementation(name: str, level: str, *, head_name: str | None = None, **properties: Any) -> Callable:
+def implementation(name: str, source: str, *, head_name: str | None = None, **properties: Any) -> Callable:
     """Register the function below as an implementation with the properties of `Implementation`; with `head_name` also
-    for cases of the level "head", under that name, on the logits of one plain GEMM."""
+    for cases that start from the head, under that name, on the logits of one plain GEMM."""
 
     def register(make_run: Callable[[Problem], Run]) -> Callable[[Problem], Run]:
-        one = Implementation(name, level, lambda problem: LossPass(make_run(problem)), **properties)
+        one = Implementation(name, source, lambda problem: LossPass(make_run(problem)), **properties)
         REGISTRY.append(one)
         if head_name is not None:
-            after = one._replace(name=head_name, level="head", inplace=False)
+            after = one._replace(name=head_name, source="head", inplace=False)
             REGISTRY.append(after._replace(make=lambda problem: LossPass(on_plain_logits(make_run(problem)))))
         return make_run
 

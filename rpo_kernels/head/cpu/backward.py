@@ -78,7 +78,7 @@ class _Backward:
         """Visit every tile and chunk."""
         recomputes = self.needs.deferred or self.cuts.kept_tiles < len(self.cuts.tiles)
         pairs = self.needs.hidden and self.needs.deferred
-        work = Work(self.head, self.cuts, weight=recomputes, pairs=pairs, unit=recomputes)
+        work = Work(self.head, self.cuts, weight=recomputes, pairs=pairs, grad_logits=recomputes)
         chunks = [_BackwardChunk(work, self, number) for number in range(len(self.cuts.chunks))]
         apart = self._memory_apart()
         for tile, columns in enumerate(self.cuts.tiles):
@@ -130,7 +130,7 @@ class _BackwardChunk:
             *(None if x is None else padded(x[span], 0) for x in walk.loss[2:]),
         )
         shapes = walk.cuts.buffers._replace(rows=self.rows)
-        self.lanes = work.packed(shapes.lanes if work.unit is not None else (0,))
+        self.lanes = work.packed(shapes.lanes if work.grad_logits is not None else (0,))
         self.elements = work.packed(shapes.elements if walk.needs.weight else (0,))
         self.packed_with: Tensor | None = None
         self.gradient = (
@@ -138,7 +138,7 @@ class _BackwardChunk:
         )
         native_head.pack_hidden(
             self.hidden,
-            self.lanes if work.unit is not None else None,
+            self.lanes if work.grad_logits is not None else None,
             self.elements if walk.needs.weight else None,
         )
 
@@ -151,7 +151,7 @@ class _BackwardChunk:
         for index in self._pieces(columns):
             place = labels if index is None else _places(labels, index)
             made = self.work.tile(columns, index, self.lanes, place, self.rows)
-            made = made._replace(gradient=self.gradient, unit=self.work.unit if self._keeps else None)
+            made = made._replace(gradient=self.gradient, grad_logits=self.work.grad_logits if self._keeps else None)
             native_head.backward(made, self.finished)
             self._add(made, None, columns, index, out)
 
@@ -169,7 +169,7 @@ class _BackwardChunk:
         made = Tile(
             self.lanes, self.work.weight, labels, self.rows, count, self.walk.cuts.width, self.work.head.options
         )
-        self._add(made._replace(unit=kept), factor, columns, None, out)
+        self._add(made._replace(grad_logits=kept), factor, columns, None, out)
 
     def _add(self, tile: Tile, factor: Tensor | None, columns: slice, index: Tensor | None, out: Tensor) -> None:
         if self.walk.needs.weight:

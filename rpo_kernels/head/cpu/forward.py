@@ -34,7 +34,7 @@ def forward(head: Head, rows: Rows, plan: MemoryPlan, needs: Needs) -> Forward:
         active=head.hidden.new_zeros(len(cuts.chunks) * vocab if needs.filtered else 0, dtype=torch.uint8),
         schedule=cuts.dump(),
     )
-    work = Work(head, cuts, pairs=differentiates, unit=needs.filtered)
+    work = Work(head, cuts, pairs=differentiates, grad_logits=needs.filtered)
     for number, span in enumerate(cuts.chunks):
         marks = saved.active[number * vocab : (number + 1) * vocab] if needs.filtered else None
         chunk = _Chunk(work, rows.positions[span], rows.labels[span], marks, needs)
@@ -84,8 +84,8 @@ class _Chunk:
     def read(self, columns: slice, kept: Tensor | None) -> None:
         """Continue the softmax, and the hidden states' gradient, with a tile."""
         tile = self.work.tile(columns, None, self.lanes, self.columns - columns.start, self.rows)
-        unit = self.work.unit if kept is None else kept
-        tile = tile._replace(gradient=self.gradient, unit=unit, stream=kept is not None)
+        grad_logits = self.work.grad_logits if kept is None else kept
+        tile = tile._replace(gradient=self.gradient, grad_logits=grad_logits, stream=kept is not None)
         running = Running(self.reference, self.sum, self.label, outputs=self.outputs)
         if self.marks is not None:
             running = running._replace(marks=self.marks[columns], dropped=self.dropped, threshold=self.threshold)

@@ -50,7 +50,7 @@ class CpuWork:
     def forward_bytes(self, chunk: int, tile: int, kept: int) -> int:
         """Peak of the forward pass."""
         shapes, differentiates = Buffers(chunk, tile, self.hidden), self.needs_hidden and not self.deferred
-        of_tile = self._tile_bytes(shapes, pairs=differentiates, unit=self.filtered)
+        of_tile = self._tile_bytes(shapes, pairs=differentiates, grad_logits=self.filtered)
         hidden, label_rows = chunk * self.hidden * 2, min(chunk, LABEL_ROWS) * self.hidden
         lanes, gradient = 4 * math.prod(shapes.lanes), 4 * math.prod(shapes.gradient) * differentiates
         packing = hidden + max(label_rows * 14, lanes + gradient)
@@ -73,7 +73,7 @@ class CpuWork:
         of_rows += 4 * math.prod(shapes.elements) * self.needs_weight
         of_rows += 4 * math.prod(shapes.gradient) * differentiates
         shapes = shapes._replace(rows=chunk)
-        of_tile = self._tile_bytes(shapes, pairs=differentiates, unit=recomputes) if recomputes else 0
+        of_tile = self._tile_bytes(shapes, pairs=differentiates, grad_logits=recomputes) if recomputes else 0
         item = 4 if chunks > 1 else 2 * self.shared(chunk, tile, kept).any_overlaps
         apart = item * min(tile, self.vocab) * self.hidden * self.needs_weight
         ending = (4 * math.prod(shapes.gradient) + chunk * self.hidden * 4) * differentiates
@@ -105,7 +105,7 @@ class CpuWork:
         """The gradients themselves."""
         return 2 * (self.positions * self.hidden * self.needs_hidden + self.vocab * self.hidden * self.needs_weight)
 
-    def _tile_bytes(self, shapes: Buffers, *, pairs: bool, unit: bool) -> int:
+    def _tile_bytes(self, shapes: Buffers, *, pairs: bool, grad_logits: bool) -> int:
         """Packed operands of a tile, and the numbers of its columns."""
-        size = math.prod(shapes.weight) + math.prod(shapes.pairs) * pairs + math.prod(shapes.unit) * unit
+        size = math.prod(shapes.weight) + math.prod(shapes.pairs) * pairs + math.prod(shapes.grad_logits) * grad_logits
         return 4 * size + 32 * shapes.columns

@@ -51,18 +51,23 @@ class Cuts(NamedTuple):
         if tile < self.shared.tiles:
             start, memory = self.shared.start(tile), grad_weight.view(-1)
         else:
-            start = sum(map(self._kept_columns, range(self.shared.tiles, tile))) * sum(self._panel_rows)
-        columns = self._kept_columns(tile)
+            start = (tile - self.shared.tiles) * self.tile_columns * sum(self._panel_rows)
+        columns = self._strip_columns(tile)
         start += columns * sum(self._panel_rows[:chunk])
         return memory[start : start + columns * self._panel_rows[chunk]].view(torch.int32)
 
     def kept_size(self) -> int:
         """Elements of saved P outside the memory of the weight's gradient."""
-        return sum(map(self._kept_columns, range(self.shared.tiles, self.kept_tiles))) * sum(self._panel_rows)
+        if self.kept_tiles == self.shared.tiles:
+            return 0
+        last = self.kept_tiles - 1
+        columns = (last - self.shared.tiles) * self.tile_columns + self._strip_columns(last)
+        return columns * sum(self._panel_rows)
 
-    def _kept_columns(self, tile: int) -> int:
-        columns = self.tiles[tile]
-        return -(-(columns.stop - columns.start) // STRIP) * STRIP
+    def _strip_columns(self, tile: int) -> int:
+        """Columns of a tile, padded to strips; only the last tile may differ from `tile_columns`."""
+        columns = min(self.tile_columns, self.vocab - tile * self.tile_columns)
+        return -(-columns // STRIP) * STRIP
 
     @property
     def _panel_rows(self) -> list[int]:
@@ -73,13 +78,13 @@ class Cuts(NamedTuple):
 class Work:
     """Memory for the packed operands of one tile."""
 
-    def __init__(self, head: Head, cuts: Cuts, *, weight: bool = True, pairs: bool, unit: bool):
+    def __init__(self, head: Head, cuts: Cuts, *, weight: bool = True, pairs: bool, grad_logits: bool):
         self.head, self.cuts = head, cuts
         shapes = cuts.buffers
         self.weight_rows = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
         self.weight = self.packed(shapes.weight if weight else (0,))
         self.pairs = self.packed(shapes.pairs) if pairs else None
-        self.unit = self.packed(shapes.unit) if unit else None
+        self.grad_logits = self.packed(shapes.grad_logits) if grad_logits else None
         self.bias = None if head.bias is None else head.bias.float()
 
     def packed(self, shape: tuple[int, ...]) -> Tensor:

@@ -309,9 +309,10 @@ def finish_kernel(
             first = of_label * tile_columns
             columns = tl.minimum(vocab - first, tile_columns).to(tl.int32)
             length = (columns + 15) // 16 * 16
-            beyond = shared_tiles.to(tl.int64) * tile_columns * rows
-            memory = tl.where(of_label < shared_tiles, grad_weight + shared_first, kept - beyond)
-            start = memory + first * rows + (row_start + row) * length
+            is_shared = of_label < shared_tiles
+            memory = tl.where(is_shared, grad_weight + shared_first, kept)
+            tiles_before = of_label - tl.where(is_shared, 0, shared_tiles)
+            start = memory + tiles_before * tile_columns * rows + (row_start + row) * length
             own = (label - first).to(tl.int32)
             if far:
                 for i in range(0, columns, BLOCK_H):
