@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ._interruption import STATUS, report_interruption
+
 
 class Command(NamedTuple):
     """A command: `module` has `main(argv) -> exit status` and needs the package's `extra`, if any."""
@@ -40,9 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(command.module).main(rest)
     except (KeyboardInterrupt, Exception) as error:
         if _is_interruption(error):
-            hint = "; --resume goes on from what was saved" if command.resumes else ""
-            print(f"rpo-kernels {name}: interrupted{hint}", file=sys.stderr)
-            return 130
+            report_interruption(name, command.resumes)
+            return STATUS
         package = error.name if isinstance(error, ModuleNotFoundError) else None
         if command.extra is None or package is None or package.startswith("rpo_kernels"):
             raise

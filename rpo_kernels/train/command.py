@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .._interruption import exits_at_once
 from .settings import help_text
 
 
@@ -14,6 +15,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if os.environ.get("RANK", "0") == "0" and "--help-all" not in argv:
         print("rpo-kernels train: loading torch and transformers", file=sys.stderr, flush=True)
-    from .run import main as run
+    with exits_at_once("train", resumes=True):
+        from .run import main as run
 
     return run(["--help" if word == "--help-all" else word for word in argv])
