@@ -84,8 +84,8 @@ def token_logprobs(
         outputs=asked.statistics,
         backend=backend,
     )
-    if logps.shape != labels.shape:
-        logps = logps.reshape(labels.shape)
+    if labels.ndim != 2:
+        logps = logps.squeeze(0) if labels.ndim == 1 else logps.view(labels.shape)
     return asked.unpack(logps, entropy, others, None) if outputs else logps  # type: ignore[return-value]
 
 
