@@ -1,5 +1,7 @@
 """P of the kept tiles in the memory of the weight's gradient: its layout, and who may overwrite it when."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from head_cases import OPS, compare, make
 from rpo_kernels import linear_token_logprobs, memory_plan
+from rpo_kernels.head import gemm
+from rpo_kernels.head.backward import TileSum
 from rpo_kernels.head.budget import parse_budget
 from rpo_kernels.head.cpu import plan as cpu_plan
 from rpo_kernels.head.schedule import Saved
@@ -206,3 +210,49 @@ def test_the_plan_keeps_more_in_the_same_memory(rows, width, budget, device):
     assert shared.head_gemms < apart.head_gemms and shared.peak_bytes <= parse_budget(budget, torch.device("cpu"))
     if rows < width:
         assert shared.kept_tiles == shared.tiles and shared.head_gemms == 3
+
+
+@pytest.fixture
+def tile_sum(monkeypatch):
+    """A function of the operands' dtype: a bfloat16 gradient of NaN and its `TileSum`, with products as on a GPU."""
+
+    def matmul(left, right, out):
+        out.copy_(left.double() @ right.double())
+
+    def add_matmul(total, left, right):
+        total.copy_(total.double() + left.double() @ right.double())
+
+    monkeypatch.setattr(gemm, "matmul", matmul)
+    monkeypatch.setattr(gemm, "add_matmul", add_matmul)
+
+    def of(operand_dtype):
+        gradient = torch.full((4, 3), torch.nan, dtype=torch.bfloat16)
+        return gradient, TileSum(gradient, SimpleNamespace(exact_dtype=torch.float32, operand_dtype=operand_dtype))
+
+    return of
+
+
+@pytest.mark.parametrize("operand_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_tile_apart_is_written_at_its_end(tile_sum, operand_dtype):
+    gradient, total = tile_sum(operand_dtype)
+    left, right = torch.full((2, 5), 1.5, dtype=operand_dtype), torch.full((5, 3), 0.25, dtype=operand_dtype)
+    total.begin(slice(0, 2), products=1, apart=True)
+    total.add(left, right, None)
+    assert gradient.isnan().all()
+    total.finish()
+    assert (gradient[:2] == 1.875).all() and gradient[2:].isnan().all()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_several_products_are_rounded_once(tile_sum, apart):
+    """1 + 2^-8 lies between two numbers of bfloat16, and rounds to 1; with another 2^-8 the sum is one of them."""
+    gradient, total = tile_sum(torch.bfloat16)
+    one = torch.ones(1, 3, dtype=torch.bfloat16)
+    total.begin(slice(0, 2), products=1, apart=True)  # as a kept tile before it, in memory of another dtype
+    total.add(torch.ones(2, 1, dtype=torch.bfloat16), one, None)
+    total.finish()
+    total.begin(slice(2, 4), products=2, apart=apart)
+    total.add(torch.tensor([[1.0, 2.0**-8]] * 2).bfloat16(), one.expand(2, 3), None)
+    total.add(torch.tensor([[2.0**-8]] * 2).bfloat16(), one, None)
+    total.finish()
+    assert gradient.tolist() == [[1.0] * 3] * 2 + [[1 + 2.0**-7] * 3] * 2
