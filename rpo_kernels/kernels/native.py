@@ -7,10 +7,11 @@ sets and uses the best that this machine supports; `RPO_KERNELS_NATIVE_ISA` sele
 import ctypes
 import functools
 import os
+import struct
 import warnings
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ LIBRARY = Path(__file__).parent.parent / "_native.so"
 ISA_VARIABLE = "RPO_KERNELS_NATIVE_ISA"
 EMULATED = "emulated"  # AVX-512 with the LM head's bfloat16 products emulated, for tests
 MAPPED_BYTES = 2**25  # larger blocks are mapped anew by the allocator, and unmapped when they are freed
+_LARGEST = torch.finfo(torch.float32).max
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -101,13 +103,13 @@ def row_stats(
     described = _describe(logits, labels, options, first_column)
     stats = RowStats.empty(labels, outputs) if running is None else running
     dense = stats if running is None else [None if x is None else x.contiguous() for x in stats]
-    pointers = _Stats(*(_pointer(x) for x in dense))
+    pointers = _STATS.pack(*map(_pointer, dense))
     failed = _library().rpo_row_stats(
         _isa_pointer(instruction_set()),
         byref(_workers()),
-        byref(described.struct),
+        described.packed,
         running is not None,
-        byref(pointers),
+        pointers,
     )
     if failed:
         raise MemoryError("row_stats: no memory for partial sums")
@@ -140,90 +142,52 @@ def row_grad(
     mask = None if active is None else active.mask.contiguous()
     value, slope = (None, None) if entropy is None else (x.to(torch.float32) for x in entropy)
     value = None if value is None else value.contiguous()
-    struct = _Grad(
-        *(x.data_ptr() for x in (*kept, factors)),
-        factors.stride(),
+    grad = _GRAD.pack(
+        *map(_pointer, (*kept, factors)),
+        *factors.stride(),
         result.data_ptr(),
-        result.stride()[:2],
+        *result.stride()[:2],
         DTYPES[result.dtype],
         _pointer(mask),
-        0.0 if active is None else active.threshold,
+        0.0 if active is None else min(active.threshold, _LARGEST),
         _pointer(value),
         _pointer(slope),
-        (0, 0) if slope is None else slope.stride(),
+        *((0, 0) if slope is None else slope.stride()),
     )
-    _library().rpo_row_grad(_isa_pointer(instruction_set()), byref(_workers()), byref(described.struct), byref(struct))
+    _library().rpo_row_grad(_isa_pointer(instruction_set()), byref(_workers()), described.packed, grad)
     if active is not None and mask is not None and mask is not active.mask:
         active.mask.copy_(mask)
     return result if out is None or direct else out.copy_(result)
 
 
-class _Logits(Structure):
-    _fields_ = [
-        ("data", c_void_p),
-        ("labels", c_void_p),
-        ("stride_b", c_int64),
-        ("stride_t", c_int64),
-        ("labels_stride_b", c_int64),
-        ("labels_stride_t", c_int64),
-        ("batch", c_int64),
-        ("time", c_int64),
-        ("columns", c_int64),
-        ("first_column", c_int64),
-        ("ignore_index", c_int64),
-        ("logit_scale", c_double),
-        ("softcap", c_double),
-        ("temperature", c_double),
-        ("dtype", c_int32),
-        ("shift", c_int32),
-    ]
+def _layout(fields: dict[str, str]) -> struct.Struct:
+    """A structure of csrc/segments.h: its fields in order, with their formats (`struct`). Packing takes a third of the
+    time that making a ctypes Structure takes."""
+    return struct.Struct("".join(fields.values()))
 
 
-class _Stats(Structure):
-    _fields_ = [(name, c_void_p) for name in RowStats._fields]
-
-
-class _Grad(Structure):
-    _fields_ = [
-        ("logp", c_void_p),
-        ("max", c_void_p),
-        ("sumexp", c_void_p),
-        ("grad_logps", c_void_p),
-        ("grad_logps_stride", c_int64 * 2),
-        ("out", c_void_p),
-        ("out_stride", c_int64 * 2),
-        ("out_dtype", c_int32),
-        ("mask", c_void_p),
-        ("threshold", c_float),
-        ("entropy", c_void_p),
-        ("grad_entropy", c_void_p),
-        ("grad_entropy_stride", c_int64 * 2),
-    ]
+_LOGITS = _layout(
+    dict(data="P", labels="P", strides="qq", labels_strides="qq", batch="q", time="q", columns="q", first_column="q")
+    | dict(ignore_index="q", logit_scale="d", softcap="d", temperature="d", dtype="i", shift="i")
+)
+_STATS = _layout(dict.fromkeys(RowStats._fields, "P"))
+_GRAD = _layout(
+    dict(
+        logp="P", max="P", sumexp="P", grad_logps="P", grad_logps_strides="qq", out="P", out_strides="qq", out_dtype="i"
+    )
+    | dict(mask="P", threshold="f", entropy="P", grad_entropy="P", grad_entropy_strides="qq")
+)
 
 
 class _Workers(Structure):
     _fields_ = [("parallel", c_void_p), ("threads", c_int32)]
 
 
-class _Described:
-    """The C description of logits and labels, with the tensors it points into kept alive."""
+class _Described(NamedTuple):
+    """The C description of logits and labels, with the tensors that it points into."""
 
-    def __init__(self, logits: Tensor, labels: Tensor, options: TokenOptions, first_column: int):
-        self.tensors = logits, labels
-        self.struct = _Logits(
-            logits.data_ptr(),
-            labels.data_ptr(),
-            *logits.stride()[:2],
-            *labels.stride(),
-            *logits.shape,
-            first_column,
-            options.ignore_index,
-            options.logit_scale,
-            options.softcap or 0.0,
-            options.temperature,
-            DTYPES[logits.dtype],
-            options.shift,
-        )
+    packed: bytes
+    tensors: tuple[Tensor, Tensor]
 
 
 def _describe(logits: Tensor, labels: Tensor, options: TokenOptions, first_column: int) -> _Described:
@@ -238,11 +202,25 @@ def _describe(logits: Tensor, labels: Tensor, options: TokenOptions, first_colum
     rows = logits if _has_dense_rows(logits) else logits.contiguous()
     if labels.dtype != torch.int64 or labels.device.type != "cpu":  # `to` takes a microsecond even if nothing changes
         labels = labels.to("cpu", torch.int64)
-    return _Described(rows, labels, options, first_column)
+    packed = _LOGITS.pack(
+        rows.data_ptr(),
+        labels.data_ptr(),
+        *rows.stride()[:2],
+        *labels.stride(),
+        *rows.shape,
+        first_column,
+        options.ignore_index,
+        options.logit_scale,
+        options.softcap or 0.0,
+        options.temperature,
+        DTYPES[rows.dtype],
+        options.shift,
+    )
+    return _Described(packed, (rows, labels))
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
@@ -270,8 +248,8 @@ def _library() -> ctypes.CDLL:
     library.rpo_instruction_set.argtypes, library.rpo_instruction_set.restype = [c_char_p], c_void_p
     library.rpo_has_head.argtypes = [c_void_p]
     library.rpo_use_large_pages.argtypes, library.rpo_use_large_pages.restype = [c_void_p, c_int64], None
-    library.rpo_row_stats.argtypes = [c_void_p, POINTER(_Workers), POINTER(_Logits), c_int32, POINTER(_Stats)]
-    library.rpo_row_grad.argtypes = [c_void_p, POINTER(_Workers), POINTER(_Logits), POINTER(_Grad)]
+    library.rpo_row_stats.argtypes = [c_void_p, POINTER(_Workers), c_char_p, c_int32, c_char_p]
+    library.rpo_row_grad.argtypes = [c_void_p, POINTER(_Workers), c_char_p, c_char_p]
     library.rpo_row_grad.restype = None
     return library
 
