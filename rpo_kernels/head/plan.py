@@ -176,7 +176,8 @@ def _choose(work: "CpuWork | EvaluationWork | _Work", budget: int) -> tuple[int,
 
     A shape is chosen if it needs at most half of the budget beyond the minimum; but not while a smaller one, within
     that budget, saves more columns, so that a larger budget never costs more products. If hardly a column can be
-    saved, the largest shape that fits is chosen. A budget below the minimum may be exceeded by an eighth of that.
+    saved beyond the shared tiles, which are free, the largest shape that fits is chosen. A budget below the minimum may
+    be exceeded by an eighth of that.
     """
     *larger, least = work.shapes
     least_bytes = work.peak_bytes(*least, 0)
@@ -184,17 +185,21 @@ def _choose(work: "CpuWork | EvaluationWork | _Work", budget: int) -> tuple[int,
         shapes = (shape for shape in larger if work.peak_bytes(*shape, 0) <= least_bytes + least_bytes // 8)
         return *next(shapes, least), 0
     begins = [2 * work.peak_bytes(*shape, 0) - least_bytes for shape in larger] + [least_bytes]
-    best, columns = (*least, 0), 0
+    best, columns, pays = (*least, 0), 0, False
     for i, (chunk, tile) in reversed([*enumerate(work.shapes)]):
         if begins[i] <= budget:
             ends = max(begins[i], begins[i - 1]) if i else budget
             kept = _kept_tiles(work, chunk, tile, min(budget, ends))
-            if kept * tile < LEAST_KEPT * work.vocab:
-                kept = 0
+            shared = work.shared(chunk, tile, kept).tiles
+            if kept * tile < work.vocab and (kept - shared) * tile < LEAST_KEPT * work.vocab:
+                kept = shared
             if min(kept * tile, work.vocab) >= columns:
-                best, columns = (chunk, tile, kept), min(kept * tile, work.vocab)
-        elif columns == 0 and work.peak_bytes(chunk, tile, 0) <= budget:
-            best = chunk, tile, 0
+                best, columns, pays = (chunk, tile, kept), min(kept * tile, work.vocab), kept > shared
+        elif not pays:
+            kept = _kept_tiles(work, chunk, tile, budget)
+            shared = work.shared(chunk, tile, kept).tiles
+            if shared * tile >= columns and work.peak_bytes(chunk, tile, shared) <= budget:
+                best, columns = (chunk, tile, shared), shared * tile
     return best
 
 
