@@ -137,6 +137,8 @@ def run(step: Step, seconds: float, folder: Path) -> int:
 def _run(command: list[str], seconds: float) -> tuple[str, int]:
     """Output and exit status. Out of time, the command is interrupted so that it writes down what it found, then
     stopped with all that it started, and the status is 124."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and what is started inherits it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
