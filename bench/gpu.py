@@ -137,10 +137,13 @@ def run(step: Step, seconds: float, folder: Path) -> int:
 def _run(command: list[str], seconds: float) -> tuple[str, int]:
     """Output and exit status. Out of time, the command is interrupted so that it writes down what it found, then
     stopped with all that it started, and the status is 124."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and what is started inherits it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_take_interruptions,
     ) as process:
         try:
             output, _ = process.communicate(timeout=seconds)
@@ -153,6 +156,11 @@ def _run(command: list[str], seconds: float) -> tuple[str, int]:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
         return output, 124
+
+
+def _take_interruptions() -> None:
+    """In the started process: SIGINT as usual, also where a shell's background has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _read(record: Path, machine: dict) -> dict:

@@ -25,10 +25,12 @@ def exits_at_once(command: str, resumes: bool) -> Iterator[None]:
         report_interruption(command, resumes)
         os._exit(STATUS)
 
-    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main one
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()  # which alone may set handlers
+    if not is_main or before is signal.SIG_IGN:  # ignored in the background of a shell
         yield
         return
-    before = signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGINT, leave)
     try:
         yield
     finally:

@@ -59,8 +59,6 @@ _NOTHING = RequestedOutputs((), False)
 
 def pack(stats: RowStats, outputs: Sequence[str], vocab: int) -> tuple[Tensor, Tensor]:
     """Entropy of the rows' shape, or empty, and the other outputs one after the other."""
-    if not outputs:
-        return stats.logp.new_empty(0), stats.logp.new_empty(0)
     entropy = stats.output("entropy", vocab) if "entropy" in outputs else stats.logp.new_empty(0)
     others = [stats.output(name, vocab) for name in outputs if name != "entropy"]
     return entropy, torch.stack(others) if others else stats.logp.new_empty(0)

@@ -1,5 +1,6 @@
 """The command line, run as a user would: the demonstration, own data, resuming, mistakes."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -48,7 +49,9 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
 
 def test_an_interruption_in_the_first_seconds_is_one_line():
     argv = [sys.executable, "-m", "rpo_kernels.cli", "train"]
-    started = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    # Where this runs in the background of a shell, SIGINT is ignored and would stay so.
+    usual = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    started = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, preexec_fn=usual)
     assert started.stderr.readline() == "rpo-kernels train: loading torch and transformers\n"
     time.sleep(0.3)
     started.send_signal(signal.SIGINT)

@@ -149,7 +149,7 @@ def row_grad(
         *result.stride()[:2],
         DTYPES[result.dtype],
         _pointer(mask),
-        0.0 if active is None else min(active.threshold, _LARGEST),
+        0.0 if active is None else min(active.threshold, _LARGEST),  # a float32
         _pointer(value),
         _pointer(slope),
         *((0, 0) if slope is None else slope.stride()),

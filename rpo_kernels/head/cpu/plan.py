@@ -14,6 +14,12 @@ _A_ROW_FORWARD, _A_ROW_OUTPUTS, _A_ROW_BACKWARD = 88, 120, 80
 _SMALL = 4096  # tensors of a few numbers
 
 
+def padded_rows(rows: int, chunk: int) -> int:
+    """Rows in chunks, each padded to whole panels."""
+    whole, last = divmod(rows, chunk)
+    return (whole * panels(chunk) + panels(last)) * PANEL
+
+
 @dataclass(frozen=True)
 class CpuWork:
     """Sizes of one call, and the bytes that it allocates."""
@@ -66,7 +72,7 @@ class CpuWork:
         if not (self.needs_weight or self.deferred):
             return saved + ending
         recomputes, chunks = kept * tile < self.vocab, math.ceil(self.rows / chunk)
-        shapes = Buffers(self._padded_rows(chunk), tile, self.hidden)  # of all chunks
+        shapes = Buffers(padded_rows(self.rows, chunk), tile, self.hidden)  # of all chunks
         differentiates = self.needs_hidden and self.deferred
         of_rows = self.rows * (self.hidden * 2 + _A_ROW_BACKWARD)
         of_rows += 4 * math.prod(shapes.lanes) * recomputes
@@ -87,19 +93,14 @@ class CpuWork:
         size += chunks * self.vocab * self.filtered
         shared = self.shared(chunk, tile, kept).tiles
         columns = min(math.ceil(self.vocab / STRIP) * STRIP, kept * tile) - shared * tile
-        return size + kept * self.rows * 4 + 2 * self._padded_rows(chunk) * columns
+        return size + kept * self.rows * 4 + 2 * padded_rows(self.rows, chunk) * columns
 
     def shared(self, chunk: int, tile: int, kept: int) -> SharedTiles:
         """The kept tiles whose P lies in the memory of the weight's gradient."""
-        columns, largest = tile, max(tile, _SHAPES[0][1])
         if not self.inplace:
             return SharedTiles()
-        return SharedTiles.fit(self._padded_rows(chunk), columns, self.vocab, self.hidden, kept=kept, largest=largest)
-
-    def _padded_rows(self, chunk: int) -> int:
-        """Rows of all chunks, each padded to whole panels."""
-        whole, last = divmod(self.rows, chunk)
-        return (whole * panels(chunk) + panels(last)) * PANEL
+        rows, largest = padded_rows(self.rows, chunk), max(tile, _SHAPES[0][1])
+        return SharedTiles.fit(rows, tile, self.vocab, self.hidden, kept=kept, largest=largest)
 
     def gradient_bytes(self) -> int:
         """The gradients themselves."""

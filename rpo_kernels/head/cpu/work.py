@@ -10,6 +10,7 @@ from ...kernels.kept import SharedTiles
 from ...kernels.native_head import STRIP, Buffers, Tile
 from ..schedule import spans
 from ..tiles import Head
+from .plan import padded_rows
 
 
 class Cuts(NamedTuple):
@@ -51,10 +52,11 @@ class Cuts(NamedTuple):
         if tile < self.shared.tiles:
             start, memory = self.shared.start(tile), grad_weight.view(-1)
         else:
-            start = (tile - self.shared.tiles) * self.tile_columns * sum(self._panel_rows)
-        columns = self._strip_columns(tile)
-        start += columns * sum(self._panel_rows[:chunk])
-        return memory[start : start + columns * self._panel_rows[chunk]].view(torch.int32)
+            start = (tile - self.shared.tiles) * self.tile_columns * padded_rows(self.rows, self.chunk_rows)
+        columns, first = self._strip_columns(tile), chunk * self.chunk_rows
+        start += columns * padded_rows(first, self.chunk_rows)
+        size = columns * padded_rows(min(self.chunk_rows, self.rows - first), self.chunk_rows)
+        return memory[start : start + size].view(torch.int32)
 
     def kept_size(self) -> int:
         """Elements of saved P outside the memory of the weight's gradient."""
@@ -62,17 +64,12 @@ class Cuts(NamedTuple):
             return 0
         last = self.kept_tiles - 1
         columns = (last - self.shared.tiles) * self.tile_columns + self._strip_columns(last)
-        return columns * sum(self._panel_rows)
+        return columns * padded_rows(self.rows, self.chunk_rows)
 
     def _strip_columns(self, tile: int) -> int:
         """Columns of a tile, padded to strips; only the last tile may differ from `tile_columns`."""
         columns = min(self.tile_columns, self.vocab - tile * self.tile_columns)
         return -(-columns // STRIP) * STRIP
-
-    @property
-    def _panel_rows(self) -> list[int]:
-        """Rows of the chunks, padded to panels."""
-        return [native_head.panels(s.stop - s.start) * native_head.PANEL for s in self.chunks]
 
 
 class Work:
